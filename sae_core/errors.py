@@ -1,0 +1,13 @@
+"""The errors that a user can cause. Everything else is a fault of the program and keeps its traceback."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: the message names the field, the value and what is accepted."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, missing or impossible."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint folder is incomplete, damaged, or of a kind that cannot be read."""
