@@ -1,0 +1,111 @@
+"""Where things are kept: one small interface over a local folder or object storage (`s3://`, `gs://`, ...).
+
+A file appears whole or not at all, on a disk as on object storage, and a folder counts only once its manifest, written
+last, is there with checksums that hold.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from penstock.errors import CheckpointError, SweepError
+
+MANIFEST = "manifest.json"
+
+
+class Storage:
+    """Files below one root. Paths are relative to it, with `/`."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = str(uri)
+        try:
+            if "://" in self.uri:
+                self._fs, self._root = pafs.FileSystem.from_uri(self.uri)
+            else:
+                self._fs, self._root = pafs.LocalFileSystem(), os.path.abspath(self.uri)
+        except (ValueError, OSError) as error:
+            raise SweepError(f"storage {self.uri!r} cannot be used: {error}") from None
+        self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.uri if "://" in self.uri else self._root,)
+
+    def path(self, name: str) -> str:
+        """The full path of a name: a plain path on a local disk."""
+        return f"{self._root}/{name}"
+
+    def at(self, name: str) -> "Storage":
+        """The same storage, rooted in a folder of it."""
+        return Storage(f"{self.uri.rstrip('/')}/{name}")
+
+    def exists(self, name: str) -> bool:
+        return self._fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def read(self, name: str) -> bytes:
+        """The whole of a file. Raises `FileNotFoundError`."""
+        with self._fs.open_input_stream(self.path(name), compression=None) as stream:
+            return stream.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file that appears whole: by renaming on a disk, by nature on object storage."""
+        target = self.path(name)
+        if self.is_local:
+            self._fs.create_dir(os.path.dirname(target), recursive=True)
+            temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                with open(temporary, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, target)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        else:
+            with self._fs.open_output_stream(target, compression=None) as stream:
+                stream.write(data)
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def names(self, folder: str) -> list[str]:
+        """The names directly below a folder, sorted; empty where there is no such folder."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+
+    def delete(self, folder: str) -> None:
+        """Delete a folder and what is in it; nothing where there is none."""
+        if self.exists(folder):
+            self._fs.delete_dir(self.path(folder))
+
+    # ---- folders that count only when whole ----
+
+    def commit_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
+        """Write files, then their manifest: a reader sees all of them or no folder."""
+        for name, data in files.items():
+            self.write(f"{folder}/{name}", data)
+        sums = {name: hashlib.blake2b(data, digest_size=16).hexdigest() for name, data in files.items()}
+        self.write_json(f"{folder}/{MANIFEST}", sums)
+
+    def is_committed(self, folder: str) -> bool:
+        return self.exists(f"{folder}/{MANIFEST}")
+
+    def read_folder(self, folder: str) -> dict[str, bytes]:
+        """The files of a committed folder, checked. Raises `CheckpointError` when one is missing or damaged."""
+        try:
+            sums = self.read_json(f"{folder}/{MANIFEST}")
+            files = {name: self.read(f"{folder}/{name}") for name in sums}
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.path(folder)} is not a complete checkpoint: {error}") from None
+        for name, data in files.items():
+            if hashlib.blake2b(data, digest_size=16).hexdigest() != sums[name]:
+                raise CheckpointError(f"{self.path(folder)}/{name} is damaged: its checksum differs from the manifest's")
+        return files
