@@ -1,0 +1,1 @@
+"""What people look at: the Pareto report and its plots."""
