@@ -1,0 +1,143 @@
+"""Running a TransformerLens model again with other activations at a hook point.
+
+Works on the duck type that TransformerBridge and HookedTransformer share (`run_with_hooks`, `blocks`), so that this
+library does not import TransformerLens.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sae_core.errors import ConfigError
+
+# (model, hook point) -> whether the layers below can be left out: found out once a model
+_SKIPPABLE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+class Rerun:
+    """One clean pass over rows of tokens, then any number of passes with the activations at a hook point replaced.
+
+    A pass with replaced activations leaves out the layers below: their blocks hand on the clean pass's residual
+    stream. Whether a model stands that is tried once, by comparing logits; if not, the whole model is run.
+    """
+
+    def __init__(self, model: nn.Module, hook_point: str):
+        self.model = model
+        self.hook_point = hook_point
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_point)
+        self.layer = int(found.group(1)) if found else None
+        self.kind = found.group(2) if found else hook_point
+        blocks = getattr(model, "blocks", None)
+        if self.layer is None or blocks is None or self.layer >= len(blocks):
+            n_layers = "no" if blocks is None else str(len(blocks))
+            raise ConfigError(
+                f"hook point {hook_point!r}: the model has {n_layers} layers; accepted: blocks.N.<hook>, for example "
+                "blocks.0.hook_resid_post"
+            )
+        # The residual stream at this layer's input decides what the layers below contribute. A hook at a layer's end
+        # is the next one's input: then even this layer need not run.
+        self.first_layer = self.layer + 1 if self.kind == "hook_resid_post" else self.layer
+
+    def clean(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [rows, context, vocabulary] and activations [rows, context, d] (heads, if any, side by side)."""
+        seen: dict[str, Any] = {}
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            seen["activation"] = activation.detach()
+
+        with self._residual_at_input(seen):
+            logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(self.hook_point, keep)])
+        if "activation" not in seen:
+            raise ConfigError(f"hook point {self.hook_point!r}: the model has none of this name")
+        self.tokens, self.residual, self.as_tuple = tokens, seen["residual"], seen["as_tuple"]
+        self.shape = seen["activation"].shape
+        activations = seen["activation"].reshape(*tokens.shape, -1)
+        self.skip = self._skippable(logits, activations)
+        return logits, activations
+
+    def replaced(self, activations: Tensor) -> Tensor:
+        """Logits of the same tokens with `activations` [rows, context, d] at the hook point."""
+        return self._run(activations, self.tokens, self.residual)
+
+    def _run(self, activations: Tensor, tokens: Tensor, residual: Tensor) -> Tensor:
+        shaped = activations.reshape(len(tokens), *self.shape[1:])
+        if not self.skip:
+            return self._run_hooked(shaped, tokens, residual)
+        if self.kind == "hook_resid_post" or self.kind == "hook_resid_pre":
+            with self._blocks_hand_on(shaped):
+                return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[])
+        with self._blocks_hand_on(residual):
+            return self._run_hooked(shaped, tokens, residual)
+
+    def _run_hooked(self, shaped: Tensor, tokens: Tensor, residual: Tensor) -> Tensor:
+        hook_point, value = self.hook_point, shaped
+        if self.kind == "hook_resid_mid":
+            # On the bridge this hook lies on the way into the second norm alone, off the residual stream: the
+            # stream itself is set by what attention adds to it.
+            hook_point, value = f"blocks.{self.layer}.hook_attn_out", shaped - residual
+
+        def replace(activation: Tensor, hook: Any) -> Tensor:
+            return value.reshape(activation.shape)
+
+        return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(hook_point, replace)])
+
+    @contextmanager
+    def _residual_at_input(self, seen: dict[str, Any]) -> Iterator[None]:
+        """Notes the residual stream at the hook point's layer, and the form in which blocks return it."""
+
+        def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen["residual"] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        def after(block: nn.Module, args: tuple, output: Any) -> None:
+            seen["as_tuple"] = None if isinstance(output, Tensor) else isinstance(output, tuple) and len(output) == 1
+
+        block = self.model.blocks[self.layer]
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _blocks_hand_on(self, residual: Tensor) -> Iterator[None]:
+        """Within, every block below `first_layer` returns `residual` without computing anything."""
+        output = (residual,) if self.as_tuple else residual
+        skipped = list(self.model.blocks)[: self.first_layer]
+        for block in skipped:
+            block.forward = lambda *args, **kwargs: output
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+    def _skippable(self, logits: Tensor, activations: Tensor) -> bool:
+        known = _SKIPPABLE.setdefault(self.model, {})
+        if self.hook_point not in known:
+            known[self.hook_point] = self._try_skipping(logits[:1], activations[:1])
+        return known[self.hook_point]
+
+    def _try_skipping(self, logits: Tensor, activations: Tensor) -> bool:
+        """Whether a pass without the layers below gives the clean logits for the clean activations, and the full
+        pass's for zeros (a hook that is not on the path to the logits would pass the first alone)."""
+        if self.first_layer == 0 or self.as_tuple is False:
+            return False
+        tokens, residual = self.tokens[:1], self.residual[:1]
+        for given in (activations, torch.zeros_like(activations)):
+            outcomes = []
+            for self.skip in (False, True):
+                outcomes.append(self._run(given, tokens, residual))
+            if not _alike(*outcomes):
+                return False
+        return True
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-3 if a.dtype == torch.float32 else 5e-2
+    return bool((a - b).abs().max() <= tolerance * a.abs().max().clamp_min(1e-6))

@@ -1,0 +1,114 @@
+"""Settings of one SAE and of its training, and how a wrong one is reported."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sae_core.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class SAESettings(BaseModel):
+    """What every architecture has. An architecture's own settings derive from this in its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    d_sae: int = Field(gt=0)
+    seed: int = Field(default=0, ge=0)
+    lr: float | None = Field(default=None, gt=0)
+    frozen_decoder: bool = False
+
+    def coefficient_at(self, step: int) -> float:
+        """The coefficient of the sparsity or auxiliary loss at `step` (0-based), warm-up applied."""
+        raise TypeError(f"settings of architecture {self.architecture!r} have no training loss")
+
+    def config_fields(self) -> dict[str, Any]:
+        """What the saved configuration says of this architecture beside the sizes (see SAEConfig)."""
+        return {}
+
+
+class TrainingSettings(BaseModel):
+    """How long and how fast: everything that SAEs of one sweep share.
+
+    `lr` rises linearly over `lr_warm_up_steps` and falls linearly to 0 over the last `lr_decay_steps`
+    (None: the last fifth of the run). A latent is dead that has not fired for `dead_after_tokens` tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
+    lr: float = Field(default=4e-4, gt=0)
+    lr_warm_up_steps: int = Field(default=0, ge=0)
+    lr_decay_steps: int | None = Field(default=None, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    dead_after_tokens: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def check_betas_and_schedule(self) -> "TrainingSettings":
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas is {self.adam_betas}; both must be at least 0 and below 1")
+        if self.lr_warm_up_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"lr_warm_up_steps ({self.lr_warm_up_steps}) and lr_decay_steps ({self.decay_steps}) together "
+                f"exceed steps ({self.steps})"
+            )
+        return self
+
+    @property
+    def decay_steps(self) -> int:
+        return self.steps // 5 if self.lr_decay_steps is None else self.lr_decay_steps
+
+
+def read_settings(model: type[Model], mapping: Mapping[str, Any], **context: object) -> Model:
+    """Validate `mapping` as `model`; ConfigError names field, value and what is accepted, one line a mistake.
+
+    `context` (for example file="spec.yaml", line=12) is put before the message.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{prefix(context)}expected a mapping of settings, got {mapping!r}")
+    try:
+        return model.model_validate(dict(mapping))
+    except ValidationError as error:
+        lines = [_describe(model, item) for item in error.errors()]
+        raise ConfigError(prefix(context) + "; ".join(lines)) from None
+
+
+def nearest(name: object, known: list[str]) -> str:
+    """' (did you mean ...?)', or nothing if no known name is close."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def prefix(context: Mapping[str, object]) -> str:
+    """'file spec.yaml, line 12: ' of {"file": "spec.yaml", "line": 12}; '' of nothing."""
+    return "".join(f"{name} {value}, " for name, value in context.items())[:-2] + ": " if context else ""
+
+
+def _describe(model: type[BaseModel], item: Mapping[str, Any]) -> str:
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = sorted(model.model_fields)
+        return f"unknown key {field!r}{nearest(field, known)}; known keys: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{field} is missing: {_accepted(model, field)}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{field} is {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}; accepted: {_accepted(model, field)}"
+
+
+def _accepted(model: type[BaseModel], field: str) -> str:
+    info = model.model_fields.get(field.split(".")[0])
+    if info is None:
+        return "see the documentation"
+    kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
+    limits = [f"{sign} {getattr(rule, name)}" for rule in info.metadata for name, sign in _LIMITS if hasattr(rule, name)]
+    return " ".join([kind, " and ".join(limits)]).strip()
+
+
+_LIMITS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
