@@ -1,0 +1,85 @@
+"""Starting a local Ray, or joining a cluster, with what Penstock needs set on both."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import SweepError
+from penstock.plan import Cluster
+
+# Read by Ray Train's controller and by libraries of the workers as they start.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def packages() -> list[str]:
+    """The folders of our packages as this process imports them: every job ships its own."""
+    names = ("penstock", "sae_core", "penstock_dashboards")
+    return [str(Path(importlib.import_module(name).__file__ or "").parent) for name in names]
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address` (or the one whose job this is), else start a local Ray. True when it was started.
+
+    Raises `SweepError` when nothing answers at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None or address == "local":
+        _start_local()
+        return True
+    import ray
+
+    environment: dict[str, Any] = {}
+    if "PENSTOCK_SUBMITTED" not in os.environ:  # a job of `penstock submit` brings all of this along
+        environment = {"env_vars": ENVIRONMENT, "py_modules": packages()}
+    try:
+        ray.init(address=address, runtime_env=environment, logging_level="WARNING", namespace="penstock")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SweepError(f"--address {address!r}: no Ray cluster answers there: {error}") from None
+    return False
+
+
+def _start_local() -> None:
+    # A Ray of one machine listens on the loopback only, where a token would protect nothing.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=True,  # Ray Train's clean-up after a stopped trial goes through it
+        dashboard_host="127.0.0.1",
+        _node_ip_address="127.0.0.1",
+        logging_level="WARNING",
+        namespace="penstock",
+    )
+
+
+def describe_cluster() -> tuple[Cluster, int]:
+    """The alive nodes' resources, and the bytes of the smallest object store."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    stores = [node.get("object_store_memory", 0.0) for node in nodes]
+    return Cluster(tuple(nodes)), int(min((size for size in stores if size), default=2**30))
+
+
+def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Results in order, made by Ray tasks; so many in flight as the cluster has CPUs."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(function)
+    limit = max(2, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: list[Any] = []
+    for item in items:
+        waiting.append(task.remote(item))
+        if len(waiting) >= limit:
+            yield ray.get(waiting.pop(0))
+    for reference in waiting:
+        yield ray.get(reference)

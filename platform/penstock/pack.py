@@ -1,0 +1,218 @@
+"""A pack: the SAEs that train together on one worker, each one on its own.
+
+Every SAE has its own optimiser, schedules, step and fate: one that diverges or raises is stopped and marked, and the
+others keep their bits. A pack may mix SAEs that stand at different steps (some resumed, some new): a batch is a pure
+function of its step, so an SAE simply waits until the pack reaches its own.
+"""
+
+import json
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from penstock.errors import CheckpointError, SweepError
+from penstock.identity import code_hash
+from penstock.memory import is_out_of_memory
+from penstock.storage import Storage
+from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
+
+KEEP_CHECKPOINTS = 2
+DEAD_OVER_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True)
+class PackMember:
+    """One SAE of a pack: its id, the hook point it reads, its settings, and what its `cfg.json` says of its origin."""
+
+    sae_id: str
+    hook_point: str
+    settings: SAESettings
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Slot:
+    member: PackMember
+    trainer: SAETrainer
+    folder: str
+    history: list[dict[str, Any]]
+    reason: str | None = None  # why it was stopped
+
+    @property
+    def active(self) -> bool:
+        return self.reason is None
+
+
+class Pack:
+    """The SAEs of a pack, from their newest checkpoints or from the start.
+
+    Args:
+        members: the SAEs; those already finished or stopped for good must not be among them.
+        calibrations: one a hook point.
+        emit: called with every event: metric rows, and an SAE's end.
+        allow_code_change: go on with checkpoints that other source code has written.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[PackMember],
+        training: TrainingSettings,
+        calibrations: Mapping[str, Calibration],
+        storage: Storage,
+        *,
+        device: str = "cpu",
+        micro_batch_tokens: int | None = None,
+        emit: Callable[[dict[str, Any]], None] = lambda event: None,
+        log: Callable[[str], None] = print,
+        allow_code_change: bool = False,
+    ) -> None:
+        self.training = training
+        self._storage = storage
+        self._emit = emit
+        self._log = log
+        self._metrics_every = max(1, training.steps // 100)
+        self._slots: list[_Slot] = []
+        for member in members:
+            trainer = SAETrainer(
+                member.settings,
+                training,
+                calibrations[member.hook_point],
+                device=device,
+                micro_batch_tokens=micro_batch_tokens,
+            )
+            slot = _Slot(member, trainer, f"saes/{member.sae_id}", [])
+            self._resume(slot, allow_code_change)
+            self._slots.append(slot)
+
+    @property
+    def next_step(self) -> int:
+        """The first step that an active SAE still has to make; `training.steps` when none has."""
+        return min((slot.trainer.steps_done for slot in self._slots if slot.active), default=self.training.steps)
+
+    def step(self, step: int, inputs: Mapping[str, Tensor]) -> None:
+        """Train every active SAE that stands at this step on its batch ([batch, d_in], read-only, a hook point)."""
+        want_metrics = (step + 1) % self._metrics_every == 0 or step + 1 == self.training.steps
+        for slot in self._slots:
+            if slot.active and slot.trainer.steps_done == step:
+                self._step_one(slot, inputs[slot.member.hook_point], want_metrics)
+
+    def checkpoint(self) -> None:
+        """Save every active SAE whole; a stopped one keeps its last checkpoint."""
+        for slot in self._slots:
+            if slot.active and not self._stop_if_diverged(slot):
+                self._save(slot)
+
+    def finish(self) -> None:
+        """Export every SAE that has made all its steps: folded, in SAELens' format, with its history."""
+        for slot in self._slots:
+            if slot.active and not self._stop_if_diverged(slot):
+                self._export(slot)
+
+    # ---- one SAE ----
+
+    def _step_one(self, slot: _Slot, x: Tensor, want_metrics: bool) -> None:
+        try:
+            metrics = self._step_within_memory(slot.trainer, x, want_metrics)
+        except Exception as error:  # the border of one SAE: its fault stops it alone
+            traceback.print_exc()
+            self._stop(slot, "failed", f"{type(error).__name__}: {error}")
+            return
+        if metrics is None:
+            return
+        if slot.trainer.diverged:
+            self._stop_diverged(slot)
+            return
+        row = {"tokens": slot.trainer.tokens_seen, "metrics": metrics}
+        slot.history.append(row)
+        self._emit({"kind": "metrics", "sae_id": slot.member.sae_id, **row})
+
+    def _step_within_memory(self, trainer: SAETrainer, x: Tensor, want_metrics: bool) -> dict[str, float] | None:
+        while True:
+            try:
+                return trainer.train_step(x, want_metrics=want_metrics)
+            except (RuntimeError, MemoryError) as error:
+                micro_batch = trainer.micro_batch_tokens or x.shape[0]
+                if not is_out_of_memory(error) or micro_batch <= 1:
+                    raise
+            trainer.micro_batch_tokens = micro_batch // 2
+            if x.is_cuda:
+                torch.cuda.empty_cache()
+            self._log(f"out of memory: train.micro_batch_tokens halved to {micro_batch // 2}, the step is made again")
+
+    def _stop_if_diverged(self, slot: _Slot) -> bool:
+        if slot.trainer.diverged:
+            self._stop_diverged(slot)
+        return not slot.active
+
+    def _stop_diverged(self, slot: _Slot) -> None:
+        self._stop(slot, "diverged", f"the loss left every bound by step {slot.trainer.steps_done}; a lower lr may help")
+
+    def _stop(self, slot: _Slot, status: str, reason: str) -> None:
+        slot.reason = reason
+        record = {"status": status, "reason": reason, "step": slot.trainer.steps_done, "history": slot.history}
+        self._storage.write_json(f"{slot.folder}/stopped.json", record)
+        self._log(f"SAE {slot.member.sae_id} {status}: {reason}; the rest of its pack goes on")
+        self._emit({"kind": "stopped", "sae_id": slot.member.sae_id, "status": status, "reason": reason})
+
+    def _save(self, slot: _Slot) -> None:
+        folder = f"{slot.folder}/checkpoints"
+        name = f"step-{slot.trainer.steps_done:09d}"
+        if self._storage.is_committed(f"{folder}/{name}"):
+            return
+        about = {"code": code_hash(), "micro_batch_tokens": slot.trainer.micro_batch_tokens, "history": slot.history}
+        files = {"state.safetensors": save_tensors(slot.trainer.state()), "about.json": json.dumps(about).encode()}
+        self._storage.commit_folder(f"{folder}/{name}", files)
+        for old in self._storage.names(folder)[:-KEEP_CHECKPOINTS]:
+            self._storage.delete(f"{folder}/{old}")
+
+    def _resume(self, slot: _Slot, allow_code_change: bool) -> None:
+        folder = f"{slot.folder}/checkpoints"
+        for name in reversed(self._storage.names(folder)):
+            try:
+                files = self._storage.read_folder(f"{folder}/{name}")
+            except CheckpointError as error:
+                self._log(f"{error}; an older checkpoint is used")
+                continue
+            about = json.loads(files["about.json"])
+            if about["code"] != code_hash() and not allow_code_change:
+                raise SweepError(
+                    f"SAE {slot.member.sae_id} stands at {name}, written by source code {about['code']}, and this is "
+                    f"{code_hash()}: the result would be neither's. Accepted: the same code, --allow-code-change to go "
+                    f"on anyway, or removing {self._storage.path(folder)} to start this SAE again"
+                )
+            slot.trainer.load_state(load_tensors(files["state.safetensors"]))
+            slot.trainer.micro_batch_tokens = about["micro_batch_tokens"]
+            slot.history = about["history"]
+            return
+
+    def _export(self, slot: _Slot) -> None:
+        # Whatever window the run allows, so that a short run does not call rare latents dead.
+        window = min(DEAD_OVER_TOKENS, slot.trainer.tokens_seen // 2)
+        summary = {
+            "dead_fraction": slot.trainer.dead_fraction(window),
+            "dead_over_tokens": window,
+            "tokens": slot.trainer.tokens_seen,
+            "code": code_hash(),
+            "history": slot.history,
+        }
+        files = _saved(slot.trainer.export(slot.member.metadata), slot.trainer.sparsity())
+        files["summary.json"] = (json.dumps(summary) + "\n").encode()
+        self._storage.commit_folder(f"{slot.folder}/final", files)
+        self._storage.delete(f"{slot.folder}/checkpoints")
+        self._emit({"kind": "finished", "sae_id": slot.member.sae_id})
+
+
+def _saved(sae: SAE, sparsity: Tensor) -> dict[str, bytes]:
+    """The files of SAELens' format, by name."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "sae"
+        sae.save(folder, sparsity=sparsity)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}

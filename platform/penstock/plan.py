@@ -1,0 +1,275 @@
+"""What a sweep will do, before it does it: SAEs, packs, waves, memory, tokens, forward passes, cost. Runs nothing."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.batches import Schedule
+from penstock.errors import SpecError, SweepError
+from penstock.identity import FORMAT, content_id
+from penstock.models import ModelDescription
+from penstock.pack import PackMember
+from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec
+from sae_core import SAESettings, TrainingSettings, parse_settings
+
+DEFAULT_DEAD_AFTER_TOKENS = 10_000_000
+DEFAULT_PACK_MEMORY_GB = 8.0
+LOW_L1_COEFFICIENT = 0.01
+FROZEN_DECODER = "frozen_decoder"
+
+# Sustained fp32 rates that the time estimate assumes; stated beside it, since only a run can measure them.
+ASSUMED_FLOPS = {"CPU core": 5e10, "GPU": 2e13}
+
+
+@dataclass(frozen=True)
+class PlannedSAE:
+    """One SAE of the sweep. `baseline` is set where it is only there to be beaten."""
+
+    sae_id: str
+    hook_point: str
+    d_in: int
+    settings: SAESettings
+    baseline: str | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, gradients and both Adam moments, in fp32."""
+        return 16 * (2 * self.d_in * self.settings.d_sae + 3 * self.settings.d_sae + self.d_in)
+
+    def activation_bytes(self, micro_batch_tokens: int) -> int:
+        """Pre-activations, activations and their gradients of one micro-batch, in fp32."""
+        return 16 * micro_batch_tokens * (self.settings.d_sae + self.d_in)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every axis of the sweep for this SAE, and where it reads."""
+        return {"hook_point": self.hook_point, "d_in": self.d_in, **self.settings.model_dump(exclude_none=True)}
+
+
+@dataclass(frozen=True)
+class PlannedPack:
+    """SAEs of one hook point that train together on one worker."""
+
+    hook_point: str
+    saes: tuple[PlannedSAE, ...]
+    memory_bytes: int
+
+    @property
+    def pack_id(self) -> str:
+        return content_id([sae.sae_id for sae in self.saes])
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """What the pack reads."""
+        return (self.hook_point,)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a Ray cluster has, a mapping of resources a node."""
+
+    nodes: tuple[Mapping[str, float], ...]
+
+    def pack_slots(self, resources: ResourceSpec) -> int:
+        """How many packs run at once beside the model hosts. Raises `SweepError` when not even one does."""
+        free = [dict(node) for node in self.nodes]
+        host = {"CPU": resources.cpus_per_host, "GPU": resources.gpus_per_host}
+        pack = {"CPU": resources.cpus_per_pack, "GPU": resources.gpus_per_pack}
+        for index in range(resources.model_hosts):
+            if not _take(free, host):
+                raise SweepError(
+                    f"resources.model_hosts {resources.model_hosts}: the cluster has room for {index} of "
+                    f"{_amount(host)} each; it has {self}"
+                )
+        slots = 0
+        while slots < 10_000 and _take(free, pack):
+            slots += 1
+        if not slots:
+            raise SweepError(
+                f"resources.cpus_per_pack / gpus_per_pack: no node has {_amount(pack)} left for a pack beside the "
+                f"model hosts; the cluster has {self}"
+            )
+        return slots
+
+    def __str__(self) -> str:
+        return "; ".join(f"{_amount(node)}" for node in self.nodes) or "no nodes"
+
+
+def _take(free: list[dict[str, float]], need: Mapping[str, float]) -> bool:
+    for node in free:
+        if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in need.items()):
+            for name, amount in need.items():
+                node[name] = node.get(name, 0.0) - amount
+            return True
+    return False
+
+
+def _amount(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def training_settings(train: TrainSpec) -> TrainingSettings:
+    """The part of the spec that every SAE of the sweep shares."""
+    dead_after = train.dead_after_tokens or max(1, min(DEFAULT_DEAD_AFTER_TOKENS, train.tokens // 4))
+    return TrainingSettings(
+        steps=train.steps,
+        batch_tokens=train.batch_tokens,
+        lr=train.lr,
+        lr_warm_up_steps=train.lr_warm_up_steps,
+        lr_decay_steps=train.lr_decay_steps,
+        dead_after_tokens=dead_after,
+    )
+
+
+def plan_saes(spec: SweepSpec, model: ModelDescription, train_id: str) -> list[PlannedSAE]:
+    """Every SAE of the sweep, baselines with a frozen decoder included, with its id by content."""
+    training = training_settings(spec.train)
+    planned: dict[str, PlannedSAE] = {}
+    for hook_point in spec.hook_points:
+        d_in = model.hook_points[hook_point]
+        entries = [(parse_settings(settings), None) for settings in spec.sae_settings(d_in)]
+        widest = max(settings.d_sae for settings, _ in entries)
+        for k in spec.baselines.k:
+            settings = parse_settings({"architecture": "topk", "d_sae": widest, "k": k, "frozen_decoder": True})
+            entries.append((settings, FROZEN_DECODER))
+        for settings, baseline in entries:
+            identity = {
+                "format": FORMAT,
+                "model": [model.fingerprint, spec.model.dtype, spec.model.processing],
+                "data": stream_identity(spec.data, train_id),
+                "hook_point": hook_point,
+                "training": training.model_dump(),
+                "settings": settings.model_dump(),
+            }
+            sae = PlannedSAE(content_id(identity), hook_point, d_in, settings, baseline)
+            if sae.sae_id in planned:
+                raise SpecError(f"saes: {settings!r} at {hook_point} stands twice; every SAE of a sweep is another one")
+            planned[sae.sae_id] = sae
+    return list(planned.values())
+
+
+def stream_identity(data: DataSpec, train_id: str) -> dict[str, Any]:
+    """What fixes the bytes of every batch, beside the model."""
+    return {
+        "tokens": train_id,
+        "block_rows": data.block_rows,
+        "exclude": data.exclude.model_dump(),
+        "seed": data.seed,
+    }
+
+
+def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]:
+    """Pack the SAEs: all of a hook point together, in as few packs as memory (and the spec) allows.
+
+    Raises `SweepError` for an SAE that no single worker can hold.
+    """
+    limit = (spec.resources.pack_memory_gb or DEFAULT_PACK_MEMORY_GB) * 1e9
+    micro_batch = spec.train.micro_batch_tokens or spec.train.batch_tokens
+    packs = []
+    for hook_point in spec.hook_points:
+        here = [sae for sae in saes if sae.hook_point == hook_point]
+        for sae in here:
+            need = sae.memory_bytes + sae.activation_bytes(micro_batch)
+            if need > limit:
+                raise SweepError(
+                    f"d_sae {sae.settings.d_sae} at {hook_point} needs {need / 1e9:.1f} GB on one worker, and "
+                    f"resources.pack_memory_gb is {limit / 1e9:g}; accepted: a smaller d_sae, a smaller "
+                    "train.micro_batch_tokens, or workers with more memory"
+                )
+        total = sum(sae.memory_bytes for sae in here)
+        room = limit - max((sae.activation_bytes(micro_batch) for sae in here), default=0)
+        count = min(len(here), max(spec.resources.packs_per_hook_point, math.ceil(total / room)))
+        while count:
+            groups = [here[index::count] for index in range(count)]
+            if all(sum(sae.memory_bytes for sae in group) <= room for group in groups):
+                break
+            count += 1
+        for group in groups if count else []:
+            memory = sum(sae.memory_bytes for sae in group) + max(sae.activation_bytes(micro_batch) for sae in group)
+            packs.append(PlannedPack(hook_point, tuple(group), memory))
+    return packs
+
+
+def members(pack: PlannedPack, metadata: Mapping[str, Any]) -> list[PackMember]:
+    """The pack as its worker takes it; `metadata` goes into every `cfg.json`."""
+    return [
+        PackMember(sae.sae_id, sae.hook_point, sae.settings, {**metadata, "hook_name": sae.hook_point})
+        for sae in pack.saes
+    ]
+
+
+def waves(packs: Sequence[PlannedPack], slots: int) -> list[list[PlannedPack]]:
+    """The packs in the order they run, `slots` at a time."""
+    return [list(packs[start : start + slots]) for start in range(0, len(packs), slots)]
+
+
+def memory_of_block(spec: SweepSpec, model: ModelDescription, hook_points: Sequence[str]) -> int:
+    """Bytes of one block at all these hook points, as it lies in the object store."""
+    width = 4 if spec.model.dtype == "float32" else 2
+    tokens = spec.data.block_rows * (spec.data.context_size - spec.data.exclude.first_positions)
+    return sum(tokens * model.hook_points[name] * width for name in hook_points)
+
+
+def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
+    """What is allowed and probably not meant."""
+    low = sorted({value for sae in saes if (value := getattr(sae.settings, "l1_coefficient", 1.0)) < LOW_L1_COEFFICIENT})
+    found = []
+    if low:
+        d_in = saes[0].d_in
+        found.append(
+            f"l1_coefficient {', '.join(f'{value:g}' for value in low)} is below {LOW_L1_COEFFICIENT}: values like these "
+            "belong to an older loss averaged over d_in; here the same penalty is about value * d_in**1.5 "
+            f"({low[0] * d_in**1.5:.3g} for {low[0]:g} at d_in {d_in})"
+        )
+    return found
+
+
+def describe(
+    spec: SweepSpec,
+    model: ModelDescription,
+    saes: Sequence[PlannedSAE],
+    packs: Sequence[PlannedPack],
+    slots: int,
+    schedule: Schedule,
+    n_done: int,
+) -> str:
+    """The plan as text."""
+    trained = [sae for pack in packs for sae in pack.saes]
+    rounds = waves(packs, slots)
+    rows = schedule.n_blocks * spec.data.block_rows
+    passes = len(rounds) * rows
+    harvest_flops = len(rounds) * 2.0 * model.n_parameters * rows * spec.data.context_size
+    sae_flops = sum(12.0 * sae.d_in * sae.settings.d_sae * spec.train.tokens for sae in trained)
+    unit = "GPU" if spec.resources.gpus_per_pack else "CPU core"
+    workers = max(1.0, slots * (spec.resources.gpus_per_pack or spec.resources.pack_threads))
+    hours = (harvest_flops / max(1, spec.resources.model_hosts) + sae_flops / workers) / ASSUMED_FLOPS[unit] / 3600
+    baselines = sum(sae.baseline is not None for sae in saes)
+    lines = [
+        f"sweep      {spec.name}: {len(saes)} SAEs at {len(spec.hook_points)} hook points"
+        + (f", {baselines} of them baselines with a frozen decoder" if baselines else "")
+        + (f"; {n_done} done already" if n_done else ""),
+        f"model      {model.name}: {model.n_layers} layers, d_model {model.d_model}, "
+        f"{model.n_parameters / 1e6:.1f}M parameters, {spec.model.dtype}, processing {spec.model.processing}",
+        f"tokens     {spec.train.tokens:,} in {spec.train.steps:,} batches of {spec.train.batch_tokens:,}; "
+        f"{schedule.n_blocks} blocks of {spec.data.block_rows} rows x {spec.data.context_size}",
+        f"packs      {len(packs)}, {slots} at a time, in {len(rounds)} wave{'s' if len(rounds) != 1 else ''}",
+    ]
+    for number, wave in enumerate(rounds, 1):
+        for pack in wave:
+            lines.append(
+                f"  wave {number}   {pack.hook_point}: {len(pack.saes)} SAEs, {pack.memory_bytes / 1e9:.2f} GB "
+                "(weights, gradients, optimiser, activations of a micro-batch)"
+            )
+    block = memory_of_block(spec, model, sorted({pack.hook_point for pack in packs}))
+    lines += [
+        f"stream     {block / 1e6:.0f} MB a block at all hook points together",
+        f"forward    {passes:,} rows ({passes * spec.data.context_size:,} tokens) through the model for training; "
+        f"report split {spec.data.report_tokens:,} tokens: one clean and one ablated pass a hook point, one an SAE",
+        f"compute    {harvest_flops / 1e12:.2f} TFLOP harvesting, {sae_flops / 1e12:.2f} TFLOP training; about "
+        f"{hours:.2g} hours at an assumed {ASSUMED_FLOPS[unit] / 1e9:,.0f} GFLOP/s a {unit}",
+    ]
+    if spec.resources.gpu_hour_cost and spec.resources.gpus_per_pack:
+        gpus = slots * spec.resources.gpus_per_pack + spec.resources.model_hosts * spec.resources.gpus_per_host
+        lines.append(f"cost       about {hours * gpus * spec.resources.gpu_hour_cost:,.2f} at {gpus:g} GPUs")
+    return "\n".join([*lines, *(f"warning    {text}" for text in warnings(spec, saes))])

@@ -1,0 +1,81 @@
+"""Submitting a sweep as a Ray job: the code, the resolved spec and the environment travel with it."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from penstock.cluster import ENVIRONMENT, packages
+from penstock.errors import SweepError
+from penstock.home import Home
+from penstock.models import check_hook_points, describe_model
+from penstock.spec import SweepSpec, load_spec
+
+SUBMITTED = "PENSTOCK_SUBMITTED"
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def submit(
+    spec_path: str | Path, home: Home, address: str, follow: bool = False, *, allow_code_change: bool = False
+) -> int:
+    """Submit the sweep to the cluster whose job server is at `address` (http://HOST:8265).
+
+    With `follow`, its logs stream here and the exit status is the job's; otherwise 0 once it is accepted. What is wrong
+    with the spec is found before anything is sent. Raises `SweepError` when the server does not answer.
+    """
+    spec = load_spec(spec_path)
+    check_hook_points(describe_model(spec.model), spec.hook_points)
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SweepError(
+            f"--address {address!r}: no Ray job server answers there ({' '.join(str(error).split())}); accepted: the "
+            "address of a cluster's dashboard, like http://127.0.0.1:8265"
+        ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        text = yaml.safe_dump(_with_absolute_paths(spec, home).model_dump(mode="json"), sort_keys=False)
+        (Path(folder) / "spec.yaml").write_text(text, encoding="utf-8")
+        environment = {**ENVIRONMENT, SUBMITTED: "1", "PENSTOCK_HOME": str(home.path), "PYTHONUNBUFFERED": "1"}
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            environment["MLFLOW_TRACKING_URI"] = uri
+        job = client.submit_job(
+            entrypoint="python -m penstock.cli run spec.yaml" + (" --allow-code-change" if allow_code_change else ""),
+            runtime_env={"working_dir": folder, "py_modules": packages(), "env_vars": environment},
+            metadata={"sweep": spec.name},
+        )
+    print(f"submitted {spec.name} as job {job}", flush=True)
+    if not follow:
+        print(f"follow it with  ray job logs --address {address} --follow {job}")
+        return 0
+    return _follow(client, job)
+
+
+def _follow(client: object, job: str) -> int:
+    """Print the job's logs as they come; its exit status."""
+    printed = 0
+    while True:
+        ended = str(client.get_job_status(job)) in _ENDED
+        logs = client.get_job_logs(job)
+        print(logs[printed:], end="", flush=True)
+        printed = len(logs)
+        if ended:
+            break
+        time.sleep(1.0)
+    info = client.get_job_info(job)
+    print(f"job {job}: {info.status}" + ("" if str(info.status) == "SUCCEEDED" else f": {info.message}"), flush=True)
+    return info.driver_exit_code if info.driver_exit_code is not None else int(str(info.status) != "SUCCEEDED")
+
+
+def _with_absolute_paths(spec: SweepSpec, home: Home) -> SweepSpec:
+    """The spec as another working directory reads it."""
+
+    def absolute(name: str) -> str:
+        return os.path.abspath(name) if os.path.exists(name) else name
+
+    model = spec.model.model_copy(update={"name": absolute(spec.model.name)} if spec.model.name != "demo" else {})
+    data = spec.data.model_copy(update={"dataset": absolute(spec.data.dataset)} if spec.data.dataset != "demo" else {})
+    return spec.model_copy(update={"model": model, "data": data, "storage": home.storage_uri(spec.storage)})
