@@ -1,0 +1,346 @@
+"""The command line: `penstock plan | run | submit | list | front | pull | report | ui`.
+
+What a user can cause ends in one message on stderr and exit status 2; Ctrl-C in 130. Nothing heavy (MLflow, torch, Ray)
+is imported before the command that needs it runs.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.errors import SweepError, UserError
+from penstock.home import Home
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+JSON_KEYS = ("sae_id", "hook_point", "architecture", "d_sae", "l0", "ce_recovered", "kl_recovered",
+             "explained_variance", "dead_fraction", "on_front", "status", "run_id")  # fmt: skip
+_UI_START_SECONDS = 90
+_UI_STOP_SECONDS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status (argparse itself exits for `--help` and for a wrong option)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status = arguments.command(arguments, Home.resolve(getattr(arguments, "home", None)))
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"penstock: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `penstock front | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--home", metavar="DIR", default=argparse.SUPPRESS,
+        help="where sweeps are kept (else PENSTOCK_HOME, else ./penstock-home)",
+    )  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="penstock", parents=[common], description="Train sweeps of sparse autoencoders and hand back the best."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Callable[[argparse.Namespace, Home], int], summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        added.set_defaults(command=run)
+        return added
+
+    plan = command("plan", _plan, "say what a sweep would take, and run nothing")
+    plan.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
+
+    run = command("run", _run, "run a sweep from this terminal, on a local Ray or attached to a cluster")
+    run.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
+    run.add_argument("--address", metavar="A", help="a running Ray cluster (auto, HOST:PORT); a local Ray unless given")
+
+    submit = command("submit", _submit, "submit a sweep as a job to a Ray cluster")
+    submit.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
+    submit.add_argument("--address", metavar="URL", required=True, help="the cluster's job server, http://HOST:8265")
+    submit.add_argument("--follow", action="store_true", help="show the job's log and end with its exit status")
+
+    command("list", _list, "list the sweeps there are")
+
+    front = command("front", _front, "show a sweep's SAEs and its Pareto front")
+    front.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    front.add_argument("--hook-point", metavar="H", help="only this hook point")
+    _add_band(front, "only SAEs with an L0 in this band, and the front among them")
+    front.add_argument("--json", action="store_true", help="print a list with one object an SAE")
+
+    pull = command("pull", _pull, "fetch the SAE with the highest CE recovered at a hook point")
+    pull.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    pull.add_argument("--hook-point", metavar="H", required=True, help="the hook point it belongs to")
+    pull.add_argument("--architecture", metavar="A", help="only this architecture")
+    _add_band(pull, "pick from this band of L0 (else the spec's)")
+    pull.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
+
+    report = command("report", _report, "write a sweep's report as one self-contained HTML file")
+    report.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    report.add_argument("--to", metavar="FILE.html", required=True, help="the file to write")
+
+    ui = command("ui", _ui, "serve the MLflow UI on this machine until Ctrl-C")
+    ui.add_argument("--port", metavar="N", type=int, help="the port; a free one unless given")
+    return parser
+
+
+def _add_band(parser: argparse.ArgumentParser, summary: str) -> None:
+    parser.add_argument("--l0", metavar="LO:HI", type=_band, help=f"{summary}; an end may be left out")
+
+
+def _band(text: str) -> tuple[float, float]:
+    from penstock.spec import parse_band
+
+    try:
+        return parse_band(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _plan(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.sweep import plan_command
+
+    print(plan_command(arguments.spec, home))
+    return 0
+
+
+def _run(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.sweep import run
+
+    return run(arguments.spec, home, arguments.address)
+
+
+def _submit(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.submit import submit
+
+    return submit(arguments.spec, home, arguments.address, arguments.follow)
+
+
+def _list(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.tracking import list_sweeps
+
+    sweeps = list_sweeps(home)
+    rows = [[row.name, row.sweep_id, row.status, str(row.saes), f"{row.started.tz_convert(None):%Y-%m-%d %H:%M} UTC"]
+            for row in sweeps.itertuples(index=False)]  # fmt: skip
+    print(text_table(["sweep", "id", "status", "SAEs", "started"], rows, right={"SAEs"}) if rows else "no sweeps yet")
+    return 0
+
+
+def _front(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.pull import front
+
+    table = front(arguments.sweep, hook_point=arguments.hook_point, l0=arguments.l0, home=home)
+    print(front_json(table) if arguments.json else format_front(table))
+    return 0
+
+
+def _pull(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.pull import PROVENANCE, pull
+
+    folder = pull(
+        arguments.sweep,
+        hook_point=arguments.hook_point,
+        architecture=arguments.architecture,
+        l0=arguments.l0,
+        to=arguments.to,
+        home=home,
+    )
+    picked = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    print(
+        f"{folder}: {picked['architecture']} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "
+        f"CE recovered {picked['ce_recovered']:.4f} (SAE {picked['sae_id']})\n"
+        f"load it with: from sae_core import SAE; sae = SAE.load({str(folder)!r})"
+    )
+    return 0
+
+
+def _report(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock_dashboards.pareto import report
+
+    print(report(home, arguments.sweep, Path(arguments.to)))
+    return 0
+
+
+def _ui(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.tracking import has_database
+
+    if home.tracking_uri.startswith(("http://", "https://")):
+        print(f"MLflow already runs at {home.tracking_uri}")
+        return 0
+    if not has_database(home):
+        raise SweepError(f"there are no sweeps in {home.path} yet; `penstock run SPEC` makes one, --home names another")
+    port = arguments.port or _free_port()
+    with tempfile.TemporaryFile() as log, _terminated_as_interrupt(), _mlflow_server(home, port, log) as server:
+        _wait_until_served(server, port, log)
+        print(f"MLflow UI: http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+        status = server.wait()
+        raise SweepError(f"the MLflow server ended by itself with status {status}: {_tail(log)}")
+
+
+# ---- the MLflow server ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _mlflow_server(home: Home, port: int, log: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow server` on this machine only, in a process group of its own that ends with the block."""
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", home.tracking_uri, "--artifacts-destination", str(home.path / "artifacts"),
+    ]  # fmt: skip
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield server
+    finally:
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, stop)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(_UI_STOP_SECONDS)
+
+
+def _wait_until_served(server: subprocess.Popen[bytes], port: int, log: Any) -> None:
+    deadline = time.monotonic() + _UI_START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise SweepError(f"the MLflow server on port {port} did not start: {_tail(log)}")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        time.sleep(0.2)
+    raise SweepError(f"the MLflow server on port {port} did not answer within {_UI_START_SECONDS} s: {_tail(log)}")
+
+
+def _tail(log: Any) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that the server never outlives this process."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def front_json(table: "pd.DataFrame") -> str:
+    """A list with one object an SAE, with `JSON_KEYS`; null where a figure is missing."""
+    records = [{key: _plain(record[key]) for key in JSON_KEYS} for record in table.to_dict("records")]
+    return json.dumps([record | {"d_sae": _whole(record["d_sae"])} for record in records], indent=1)
+
+
+def format_front(table: "pd.DataFrame") -> str:
+    """A sweep's table (see `tracking.sweep_table`) as aligned text, by hook point and L0; `*` marks the front.
+
+    Beside the figures it shows the settings that differ between the SAEs, the sparsity coefficients in one column.
+    """
+    if table.empty:
+        return "no SAEs"
+    settings = _varying_settings(table)
+    statuses = ["status"] if (table["status"] != "finished").any() else []
+    header = ["", "architecture", "d_sae", "sparsity", *settings, "L0", "CE rec.", "KL rec.", "expl. var.", "dead",
+              *statuses, "sae_id"]  # fmt: skip
+    right = {"d_sae", "L0", "CE rec.", "KL rec.", "expl. var.", "dead", *settings}
+    ordered = table.sort_values(["hook_point", "l0"], kind="stable").to_dict("records")
+    rows = [_front_row(record, settings, statuses) for record in ordered]
+    head, _, *lines = text_table(header, rows, right=right).splitlines()
+    parts: list[str] = []
+    for record, line in zip(ordered, lines, strict=True):
+        title = f"\n{record['hook_point']}\n{head}"
+        if title not in parts:
+            parts.append(title)
+        parts.append(line)
+    count = int(table["on_front"].sum())
+    return "\n".join(parts).lstrip("\n") + f"\n\n* on the Pareto front of its hook point: {count} of {len(table)}"
+
+
+_SPARSITY = ("k", "l1_coefficient", "target_l0", "l0_coefficient")
+
+
+def _varying_settings(table: "pd.DataFrame") -> list[str]:
+    columns = list(table.columns)
+    known = {"sae_id", "hook_point", "architecture", "d_sae", *_SPARSITY}
+    candidates = [name for name in columns[: columns.index("l0")] if name not in known]
+    return [name for name in candidates if table[name].astype(str).nunique() > 1]
+
+
+def _front_row(record: dict[str, Any], settings: Sequence[str], statuses: Sequence[str]) -> list[str]:
+    sparsity = [f"{name}={_number(record[name])}" for name in _SPARSITY if _plain(record.get(name)) is not None]
+    figures = [_figure(record["l0"], 2)]
+    figures += [_figure(record[name], 4) for name in ("ce_recovered", "kl_recovered", "explained_variance")]
+    return [
+        "*" if record["on_front"] else "", str(record["architecture"]), _number(record["d_sae"]), " ".join(sparsity),
+        *[_number(record[name]) for name in settings], *figures, _figure(record["dead_fraction"], 3),
+        *[str(record[name]) for name in statuses], str(record["sae_id"]),
+    ]  # fmt: skip
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: set[str] | None = None) -> str:
+    """Aligned columns, two spaces apart, with a rule below the header; `right` names the right-aligned ones."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [cell.rjust(width) if name in (right or ()) else cell.ljust(width)
+                   for name, cell, width in zip(header, cells, widths, strict=True)]  # fmt: skip
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value of a table's cell: None for NaN, infinities and NA."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _whole(value: Any) -> Any:
+    """A column of whole numbers with gaps is a column of floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(value: Any) -> str:
+    plain = _whole(_plain(value))
+    return "" if plain is None else f"{plain:g}" if isinstance(plain, float) else str(plain)
+
+
+def _figure(value: Any, decimals: int) -> str:
+    plain = _plain(value)
+    return "-" if plain is None else f"{plain:.{decimals}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Where a user's sweeps are kept: one local folder with the MLflow database, its artifacts and, unless the spec says
+otherwise, the token stores and checkpoints."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.errors import SweepError
+
+DEFAULT_HOME = "penstock-home"
+_RAY_CACHES = ("working_dir_files", "py_modules_files")
+
+
+@dataclass(frozen=True)
+class Home:
+    """An absolute folder. Nothing is created until something is written to it."""
+
+    path: Path
+
+    @staticmethod
+    def resolve(argument: str | None = None) -> "Home":
+        """`argument` (the `--home` option), else `PENSTOCK_HOME`, else `./penstock-home`, made absolute.
+
+        Raises `SweepError` for what cannot be a home: a URI, a file, or a folder inside one that Ray unpacked a job
+        into, which Ray deletes after the job.
+        """
+        given = argument or os.environ.get("PENSTOCK_HOME") or DEFAULT_HOME
+        source = "--home" if argument else "PENSTOCK_HOME" if os.environ.get("PENSTOCK_HOME") else "the default home"
+        if "://" in given:
+            raise SweepError(
+                f"{source} {given!r} is a URI; a home is a local folder (`storage:` in the spec and "
+                "MLFLOW_TRACKING_URI take URIs)"
+            )
+        path = Path(os.path.abspath(os.path.expanduser(given)))
+        parts = path.parts
+        if any(outer == "runtime_resources" and inner in _RAY_CACHES for outer, inner in zip(parts, parts[1:])):
+            raise SweepError(
+                f"{source} {str(path)!r} lies in the folder that Ray unpacked this job into and deletes after it; "
+                "name a lasting folder with --home or PENSTOCK_HOME"
+            )
+        if set("?#%") & set(str(path)):
+            raise SweepError(f"{source} {str(path)!r} holds one of ? # %, which the address of a database cannot")
+        if path.exists() and not path.is_dir():
+            raise SweepError(f"{source} {str(path)!r} is a file; a home is a folder")
+        return Home(path)
+
+    @property
+    def tracking_uri(self) -> str:
+        """`MLFLOW_TRACKING_URI` where it is set, else the SQLite database in this home."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.path}/mlflow.db"
+
+    @property
+    def artifact_location(self) -> str | None:
+        """The artifact folder as a URI; None where `MLFLOW_TRACKING_URI` is set, since that server has its own."""
+        return None if os.environ.get("MLFLOW_TRACKING_URI") else (self.path / "artifacts").as_uri()
+
+    def storage_uri(self, spec_storage: str | None) -> str:
+        """Where token stores and checkpoints go: the spec's `storage` (a path made absolute), else this home."""
+        if spec_storage is None:
+            return str(self.path)
+        return spec_storage if "://" in spec_storage else os.path.abspath(os.path.expanduser(spec_storage))

@@ -1,0 +1,147 @@
+"""Handing back what a sweep made: its front as a table, an SAE as an object, a checkpoint as a folder.
+
+`penstock.front`, `penstock.load_sae` and `penstock.pull` are these functions.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from penstock.errors import CheckpointError, SweepError
+from penstock.home import Home
+from penstock.pareto import Band, in_band, mark_front, select
+from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep, sweep_table
+
+if TYPE_CHECKING:
+    from sae_core import SAE
+
+WEIGHTS = ("cfg.json", "sae_weights.safetensors")
+PROVENANCE = "penstock.json"
+_OURS = {*WEIGHTS, "sparsity.safetensors", PROVENANCE}
+
+
+def front(
+    sweep: str, *, hook_point: str | None = None, l0: Band | None = None, home: str | Home | None = None
+) -> pd.DataFrame:
+    """Every SAE of a sweep, one row each, by hook point and L0; `on_front` says which of them no other beats.
+
+    `sweep` is a name (its latest run) or an id. With a band `l0` only SAEs inside it are listed, and the front is the
+    one among them; without, it is the one in the spec's band. Raises `SweepError` for a sweep or hook point that is not
+    there.
+    """
+    table = sweep_table(_home(home), sweep)
+    if hook_point is not None:
+        known = sorted(table["hook_point"].unique())
+        if hook_point not in known:
+            raise SweepError(f"no hook point {hook_point!r} in sweep {sweep!r}; it has {', '.join(known)}")
+        table = table[table["hook_point"] == hook_point]
+    if l0 is not None:
+        table = mark_front(table[in_band(table, l0)], l0)
+    return table.sort_values(["hook_point", "l0"], kind="stable").reset_index(drop=True)
+
+
+def load_sae(
+    sweep: str,
+    *,
+    hook_point: str,
+    architecture: str | None = None,
+    l0: Band | None = None,
+    home: str | Home | None = None,
+) -> "SAE":
+    """The SAE with the highest CE recovered at a hook point (see `pull`), ready to `encode` and `decode`."""
+    from sae_core import SAE
+
+    where = _home(home)
+    _, row = _pick(where, sweep, hook_point, architecture, l0)
+    with tempfile.TemporaryDirectory() as folder:
+        return SAE.load(_fetch(where, row, Path(folder)))
+
+
+def pull(
+    sweep: str,
+    *,
+    hook_point: str,
+    to: str | Path,
+    architecture: str | None = None,
+    l0: Band | None = None,
+    home: str | Home | None = None,
+) -> Path:
+    """Put the SAE with the highest CE recovered at a hook point into the folder `to`, and return that folder.
+
+    `l0` is the band to pick from, the spec's unless given. The folder holds cfg.json, sae_weights.safetensors and
+    sparsity.safetensors, which `sae_core.SAE.load` and `sae_lens` read, and penstock.json, which says where it comes
+    from. An SAE pulled there earlier is replaced; a folder with anything else in it is refused. Raises `SweepError`.
+    """
+    where, folder = _home(home), Path(to)
+    _check_target(folder)
+    runs, row = _pick(where, sweep, hook_point, architecture, l0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as temporary:
+        fetched = _fetch(where, row, Path(temporary))
+        names = {path.name for path in fetched.iterdir()}
+        for stale in _OURS - names:
+            (folder / stale).unlink(missing_ok=True)
+        for name in sorted(names):
+            os.replace(fetched / name, folder / name)
+    (folder / PROVENANCE).write_text(json.dumps(_provenance(runs, row), indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def _home(home: str | Home | None) -> Home:
+    return home if isinstance(home, Home) else Home.resolve(home)
+
+
+def _pick(
+    home: Home, sweep: str, hook_point: str, architecture: str | None, l0: Band | None
+) -> tuple[SweepRuns, pd.Series]:
+    runs = find_sweep(home, sweep)
+    return runs, select(sweep_table(home, runs), hook_point, architecture, l0 or runs.l0_band)
+
+
+def _fetch(home: Home, row: pd.Series, to: Path) -> Path:
+    folder = fetch_artifact(home, row["run_id"], SAE_FOLDER, to)
+    missing = [name for name in WEIGHTS if folder is None or not (folder / name).is_file()]
+    if folder is None or missing:
+        raise CheckpointError(f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']}) lacks {', '.join(missing)}")
+    return folder
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SweepError(f"cannot pull to {str(folder)!r}: it is a file")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = sorted(there - _OURS) if PROVENANCE in there else sorted(there)
+    if foreign:
+        raise SweepError(
+            f"cannot pull to {str(folder)!r}: it holds {', '.join(foreign[:5])}; name a new or an empty folder, or one "
+            "that holds nothing but an SAE pulled earlier"
+        )
+
+
+def _provenance(runs: SweepRuns, row: pd.Series) -> dict[str, Any]:
+    settings = {name: _plain(value) for name, value in row.items()}
+    leading = {"sweep": runs.name, "sweep_id": runs.sweep_id, "sae_id": row["sae_id"], "run_id": row["run_id"]}
+    return leading | {name: value for name, value in settings.items() if value is not None and name not in leading}
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _CallableModule(types.ModuleType):
+    """Importing this module sets `penstock.pull` to the module, which would hide the function of that name: so calling
+    the module is calling the function."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Path:
+        return pull(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

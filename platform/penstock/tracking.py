@@ -1,0 +1,603 @@
+"""MLflow: an experiment a sweep name, a parent run a sweep, a child run an SAE.
+
+The driver is the only writer, through one `Tracker`, in batches; everybody else reads (`find_sweep`, `sweep_table`, ...).
+
+- Live curves of a child, against tokens as the step: `train/loss`, `train/l0`, `train/explained_variance`,
+  `train/dead_fraction`. Final figures have plain names: `l0`, `ce_recovered`, `dead_fraction`, ...
+- Tags of a child: `sae_id`, `hook_point`, `architecture`, `status` (queued, running, finished, diverged, failed,
+  stopped), `on_front`, `on_overall_front`, and `baseline` for what is no candidate.
+- A child's `sae/` holds its checkpoint; the parent's artifacts are `spec.yaml`, `front.json`, `baselines.json`, plots.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import yaml
+
+from penstock.errors import SweepError
+from penstock.home import Home
+from penstock.pareto import mark_front
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+KIND = "penstock.kind"  # "sweep" or "sae"
+SWEEP_ID = "penstock.sweep_id"
+OPENED_AT = "penstock.opened_at_ms"
+SAE_COUNT = "penstock.saes"
+L0_BAND = "penstock.l0_band"
+LOGGED_TOKENS = "penstock.logged_tokens"  # the high-water mark of a child's curves
+NOT_FINITE = "penstock.not_finite"
+PARENT = "mlflow.parentRunId"
+RUN_NAME = "mlflow.runName"
+LOGGED_TABLES = "mlflow.loggedArtifacts"  # what the UI offers as tables
+
+SAE_FOLDER = "sae"
+FRONT_FILE, BASELINES_FILE, SPEC_FILE = "front.json", "baselines.json", "spec.yaml"
+FIGURES = ["l0", "ce_recovered", "kl_recovered", "explained_variance", "dead_fraction"]
+
+_RUN_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
+_SETTLED = ("finished", "diverged")  # training again would give the same
+_BATCH_METRICS, _BATCH_PARAMS, _TAG_CHARACTERS, _PARAM_CHARACTERS = 1000, 100, 4000, 5000  # MLflow's limits
+
+
+@dataclass(frozen=True)
+class TrackedSAE:
+    """What is known of an SAE before it is trained. `baseline` is "frozen_decoder" for the one that is no candidate."""
+
+    sae_id: str
+    hook_point: str
+    params: Mapping[str, Any]
+    baseline: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What the UI calls the run: `topk d_sae=1024 k=32 · blocks.3.hook_resid_post`."""
+        shown = ("d_sae", "k", "l1_coefficient", "target_l0", "seed")
+        settings = [f"{name}={self.params[name]}" for name in shown if name in self.params]
+        kind = self.baseline or str(self.params.get("architecture", "sae"))
+        return f"{' '.join([kind, *settings])} · {self.hook_point}"
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """The only writer of a sweep's runs. Everything may be called again: a replay or a new driver repeats nothing."""
+
+    def __init__(self, home: Home, name: str, sweep_id: str) -> None:
+        self._home, self._name, self._sweep_id = home, name, sweep_id
+        self._client: MlflowClient
+        self._parent = ""
+        self._runs: dict[str, str] = {}  # by sae_id, as the next four
+        self._marks: dict[str, int] = {}
+        self._statuses: dict[str, str] = {}
+        self._on_front: dict[str, tuple[bool, bool]] = {}
+        self._ended: set[str] = set()
+
+    def open(self, resolved_spec_yaml: str, params: Mapping[str, Any], saes: Sequence[TrackedSAE]) -> str:
+        """Find the sweep's runs again or create them, take over what a dead driver left, and return the parent's id.
+
+        A parameter keeps the first value it was given, as MLflow demands; `spec.yaml` is always the latest. SAEs that
+        finished or diverged stay ended; the others wait as `queued`. Raises `SweepError` when MLflow cannot be used.
+        """
+        with _reported(self._home):
+            _ensure_database(self._home)
+            self._client = _connect(self._home)
+            experiment = self._experiment()
+            tags = {
+                KIND: "sweep", SWEEP_ID: self._sweep_id, RUN_NAME: f"{self._name} {self._sweep_id[:8]}",
+                OPENED_AT: str(_now_ms()), SAE_COUNT: str(sum(sae.baseline is None for sae in saes)),
+                L0_BAND: _band_text(resolved_spec_yaml), "status": "running",
+            }  # fmt: skip
+            self._open_parent(experiment, tags, params)
+            self._client.log_text(self._parent, resolved_spec_yaml, SPEC_FILE)
+            self._open_children(experiment, saes)
+        return self._parent
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(self._name)
+        if experiment is None:
+            try:
+                return self._client.create_experiment(self._name, self._home.artifact_location)
+            except MlflowException:  # another driver was quicker
+                experiment = self._client.get_experiment_by_name(self._name)
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+        return experiment.experiment_id
+
+    def _open_parent(self, experiment: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+        found = list(_search(self._client, [experiment], {KIND: "sweep", SWEEP_ID: self._sweep_id}))
+        if found:
+            parent = max(found, key=_opened_at)
+            self._parent, known = parent.info.run_id, parent.data.params
+            if parent.info.status != "RUNNING":
+                self._client.update_run(self._parent, status="RUNNING")
+            self._write(self._parent, tags=tags, params=_new_params(params, known))
+        else:
+            self._parent = self._client.create_run(experiment, tags=dict(tags)).info.run_id
+            self._write(self._parent, params=_new_params(params, {}))
+
+    def _open_children(self, experiment: str, saes: Sequence[TrackedSAE]) -> None:
+        found = {run.data.tags["sae_id"]: run for run in _search(self._client, [experiment], {PARENT: self._parent})
+                 if "sae_id" in run.data.tags}  # fmt: skip
+        for sae in saes:
+            if sae.sae_id in found:
+                self._take_over(sae, found[sae.sae_id])
+            else:
+                self._create_child(experiment, sae)
+        wanted = {sae.sae_id for sae in saes}
+        for sae_id, run in found.items():
+            if sae_id not in wanted and run.info.status == "RUNNING":
+                self._client.set_tag(run.info.run_id, "status", "stopped")
+                self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def _create_child(self, experiment: str, sae: TrackedSAE) -> None:
+        tags = {
+            KIND: "sae", SWEEP_ID: self._sweep_id, PARENT: self._parent, RUN_NAME: sae.title, "sae_id": sae.sae_id,
+            "hook_point": sae.hook_point, "architecture": str(sae.params.get("architecture", "")),
+            "status": "queued", "on_front": "false",
+        }  # fmt: skip
+        if sae.baseline is not None:
+            tags["baseline"] = sae.baseline
+        run_id = self._client.create_run(experiment, tags=tags).info.run_id
+        self._write(run_id, params=_new_params({"hook_point": sae.hook_point, **sae.params}, {}))
+        self._remember(sae.sae_id, run_id, mark=-1, status="queued", on_front=(False, False))
+
+    def _take_over(self, sae: TrackedSAE, run: "Run") -> None:
+        tags, run_id = run.data.tags, run.info.run_id
+        status = tags.get("status", "queued")
+        mark = int(tags.get(LOGGED_TOKENS, -1))
+        if status not in _SETTLED:
+            # MLflow writes a batch's metrics before its tags: a driver that died in between left the mark behind.
+            mark = max([mark, *self._logged_steps(run)])
+            if run.info.status != "RUNNING":
+                self._client.update_run(run_id, status="RUNNING")
+            if status != "queued":
+                status = "queued"
+                self._client.set_tag(run_id, "status", status)
+        elif run.info.status != _RUN_STATUS[status]:
+            self._client.set_terminated(run_id, _RUN_STATUS[status])
+        front = tags.get("on_front") == "true", tags.get("on_overall_front") == "true"
+        self._remember(sae.sae_id, run_id, mark=mark, status=status, on_front=front)
+        if status in _SETTLED:
+            self._ended.add(sae.sae_id)
+
+    def _logged_steps(self, run: "Run") -> Iterator[int]:
+        for key in run.data.metrics:
+            if key.startswith("train/"):
+                yield max(metric.step for metric in self._client.get_metric_history(run.info.run_id, key))
+
+    def _remember(self, sae_id: str, run_id: str, *, mark: int, status: str, on_front: tuple[bool, bool]) -> None:
+        self._runs[sae_id], self._marks[sae_id], self._statuses[sae_id] = run_id, mark, status
+        self._on_front[sae_id] = on_front
+
+    def log_rows(self, sae_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add points to an SAE's curves: each row is `{"tokens": int, "metrics": {name: float}}`.
+
+        A name without a `/` becomes `train/<name>`. Rows at or before the last one logged are left out, also those
+        that an earlier driver logged; so are values that are not finite, the first of which the run's tag names.
+        """
+        from mlflow.entities import Metric
+
+        now = _now_ms()
+        batch: list[Any] = []
+        mark, not_finite = self._marks[sae_id], None
+        for row in sorted(rows, key=lambda row: row["tokens"]):
+            if row["tokens"] <= mark:
+                continue
+            if len(batch) + len(row["metrics"]) > _BATCH_METRICS:
+                self._write_rows(sae_id, batch, mark, not_finite)
+                batch = []
+            mark = int(row["tokens"])
+            for name, value in row["metrics"].items():
+                key = name if "/" in name else f"train/{name}"
+                if math.isfinite(value):
+                    batch.append(Metric(key, float(value), now, mark))
+                elif not_finite is None:
+                    not_finite = f"{key} was {value} at {mark} tokens"
+        if mark > self._marks[sae_id]:
+            self._write_rows(sae_id, batch, mark, not_finite)
+
+    def _write_rows(self, sae_id: str, batch: Sequence[Any], mark: int, not_finite: str | None) -> None:
+        tags = {LOGGED_TOKENS: str(mark)}
+        if self._statuses[sae_id] == "queued":
+            tags["status"] = self._statuses[sae_id] = "running"
+        if not_finite is not None:
+            tags[NOT_FINITE] = not_finite
+        self._write(self._runs[sae_id], metrics=batch, tags=tags)
+        self._marks[sae_id] = mark
+
+    def finish_sae(
+        self,
+        sae_id: str,
+        *,
+        status: str,
+        metrics: Mapping[str, float],
+        folder: Path | None,
+        reason: str | None = None,
+    ) -> None:
+        """End an SAE's run: its final figures, its checkpoint as the artifact `sae/`, and why it ended.
+
+        `status` is finished, diverged, failed or stopped. A run that has already ended so is left as it is: it is ended
+        last, so an ended run is a complete one.
+        """
+        from mlflow.entities import Metric
+
+        if sae_id in self._ended and self._statuses[sae_id] == status:
+            return
+        run_id, now = self._runs[sae_id], _now_ms()
+        step = max(self._marks[sae_id], 0)
+        final = [Metric(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
+        if folder is not None:
+            self._client.log_artifacts(run_id, str(folder), SAE_FOLDER)
+        tags = {"status": status} | ({"reason": reason} if reason else {})
+        self._write(run_id, metrics=final, tags=tags)
+        self._client.set_terminated(run_id, _RUN_STATUS[status])
+        self._statuses[sae_id] = status
+        self._ended.add(sae_id)
+
+    def finish_sweep(
+        self,
+        *,
+        status: str,
+        front: pd.DataFrame,
+        baselines: pd.DataFrame,
+        cost: Mapping[str, float],
+        files: Sequence[Path],
+    ) -> None:
+        """End the parent: the SAEs on the front (`front` has sae_id, on_front, on_overall_front), the tables, the cost
+        (metrics named `cost/...`) and files such as plots. `status` is finished, failed or stopped.
+        """
+        from mlflow.entities import Metric
+
+        self._tag_front(front)
+        for file in files:
+            self._client.log_artifact(self._parent, str(file))
+        for name, table in ((FRONT_FILE, front), (BASELINES_FILE, baselines)):
+            # Not `log_table`, which appends to the table of an earlier attempt.
+            self._client.log_text(self._parent, table.to_json(orient="split", index=False, double_precision=15), name)
+        now = _now_ms()
+        spent = [Metric(key if key.startswith("cost/") else f"cost/{key}", float(value), now, 0)
+                 for key, value in cost.items() if math.isfinite(value)]  # fmt: skip
+        tables = [{"path": name, "type": "table"} for name in (FRONT_FILE, BASELINES_FILE)]
+        self._write(self._parent, metrics=spent, tags={"status": status, LOGGED_TABLES: json.dumps(tables)})
+        self._client.set_terminated(self._parent, _RUN_STATUS[status])
+
+    def _tag_front(self, front: pd.DataFrame) -> None:
+        marked = {row["sae_id"]: (bool(row.get("on_front")), bool(row.get("on_overall_front")))
+                  for row in front.to_dict("records")}  # fmt: skip
+        for sae_id, run_id in self._runs.items():
+            flags = marked.get(sae_id, (False, False))
+            if flags != self._on_front[sae_id]:
+                names = ("on_front", "on_overall_front")
+                self._write(run_id, tags={name: str(flag).lower() for name, flag in zip(names, flags, strict=True)})
+                self._on_front[sae_id] = flags
+
+    def _write(
+        self,
+        run_id: str,
+        *,
+        metrics: Sequence[Any] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        from mlflow.entities import Param, RunTag
+
+        settings = [Param(key, value) for key, value in (params or {}).items()]
+        for start in range(0, max(len(settings) - _BATCH_PARAMS, 0), _BATCH_PARAMS):
+            self._client.log_batch(run_id, params=settings[start : start + _BATCH_PARAMS])
+        last = settings[max(len(settings) - 1, 0) // _BATCH_PARAMS * _BATCH_PARAMS :]
+        labels = [RunTag(key, value[:_TAG_CHARACTERS]) for key, value in (tags or {}).items()]
+        if metrics or last or labels:
+            self._client.log_batch(run_id, metrics=list(metrics), params=last, tags=labels)
+
+
+def _new_params(params: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+    return {key: str(value)[:_PARAM_CHARACTERS] for key, value in params.items()
+            if value is not None and key not in known}  # fmt: skip
+
+
+def _band_text(resolved_spec_yaml: str) -> str:
+    spec = yaml.safe_load(resolved_spec_yaml)
+    band = (spec.get("select") or {}).get("l0_band") if isinstance(spec, dict) else None
+    if isinstance(band, str):
+        from penstock.spec import parse_band
+
+        band = parse_band(band)
+    return f"{float(band[0])}:{float(band[1])}" if band else ""
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SweepRuns:
+    """One sweep in MLflow. `l0_band` is the band that its spec takes the front in."""
+
+    home: Home
+    name: str
+    sweep_id: str
+    run_id: str
+    experiment_id: str
+    status: str
+    saes: int
+    started: pd.Timestamp
+    l0_band: tuple[float, float] | None
+    cost: Mapping[str, float]
+
+    def children(self) -> list["Run"]:
+        """The runs of its SAEs and trained baselines, in the order they were created."""
+        with _reported(self.home):
+            found = _search(_connect(self.home), [self.experiment_id], {PARENT: self.run_id})
+            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def artifact(self, name: str) -> Path | None:
+        """A local copy of one of the sweep's own artifacts; None where there is none (yet)."""
+        return fetch_artifact(self.home, self.run_id, name)
+
+    @property
+    def spec(self) -> str:
+        """The resolved spec, as YAML text."""
+        path = self.artifact(SPEC_FILE)
+        return path.read_text(encoding="utf-8") if path else ""
+
+
+def find_sweep(home: Home, sweep: str) -> SweepRuns:
+    """A sweep by name (the run opened last) or by id. Raises `SweepError` listing the sweeps there are."""
+    sweeps = _all_sweeps(home)
+    named = [runs for runs in sweeps if runs.name == sweep] or [runs for runs in sweeps if runs.sweep_id == sweep]
+    if named:
+        return named[0]
+    names = list(dict.fromkeys(runs.name for runs in sweeps))
+    if not names:
+        raise SweepError(f"no sweep {sweep!r}: there are none in {_place(home)} yet; `penstock run SPEC` makes one")
+    near = difflib.get_close_matches(sweep, names, n=len(names), cutoff=0.4)
+    ordered = [*near, *(name for name in names if name not in near)]
+    shown = ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")
+    raise SweepError(f"no sweep {sweep!r} in {_place(home)}; there is {shown} (or give a sweep's id)")
+
+
+def list_sweeps(home: Home) -> pd.DataFrame:
+    """All sweeps, the one opened last first: name, sweep_id, status, saes, started, run_id. None in a home yet unused."""
+    found = _all_sweeps(home) if has_database(home) else []
+    columns = ["name", "sweep_id", "status", "saes", "started", "run_id"]
+    return pd.DataFrame([[getattr(runs, column) for column in columns] for runs in found], columns=columns)
+
+
+def sweep_table(home: Home, sweep: str | SweepRuns, *, with_baselines: bool = False) -> pd.DataFrame:
+    """One row an SAE: sae_id, hook_point, architecture, d_sae, every other parameter, the final figures (l0,
+    ce_recovered, kl_recovered, explained_variance, dead_fraction, ...), on_front, on_overall_front, status, run_id.
+
+    The front is taken in the spec's L0 band, from the figures there are so far: a running sweep has one, too. With
+    baselines, there is a column `baseline` and a row for each that was trained.
+    """
+    runs = sweep if isinstance(sweep, SweepRuns) else find_sweep(home, sweep)
+    rows = [_row(run) for run in runs.children()]
+    table = pd.DataFrame([row for row in rows if with_baselines or row["baseline"] is None])
+    leading = ["sae_id", "hook_point", "architecture", "d_sae"]
+    for column in [*leading, "baseline", *FIGURES, "status", "run_id"]:
+        if column not in table:
+            table[column] = pd.Series(index=table.index, dtype=float if column in FIGURES else object)
+    candidates = mark_front(table[table["baseline"].isna()], runs.l0_band).set_index("sae_id")
+    for flag in ("on_front", "on_overall_front"):
+        table[flag] = table["sae_id"].map(candidates[flag]).eq(True)
+    trailing = ["on_front", "on_overall_front", "status", *(["baseline"] if with_baselines else []), "run_id"]
+    final = {name for row in rows for name in row["final"]}
+    others = [name for name in table if name not in {*leading, *FIGURES, *trailing, *final, "baseline", "final"}]
+    extra = sorted(final - set(FIGURES))
+    return table[[*leading, *others, *FIGURES, *extra, *trailing]].reset_index(drop=True)
+
+
+def baseline_table(home: Home, sweep: str | SweepRuns) -> pd.DataFrame:
+    """What every SAE has to beat: kind (neurons, pca, frozen_decoder), hook_point, k, l0, ce_recovered, ..."""
+    runs = sweep if isinstance(sweep, SweepRuns) else find_sweep(home, sweep)
+    columns = ["kind", "hook_point", "k", "l0", "ce_recovered"]
+    path = runs.artifact(BASELINES_FILE)
+    table = pd.DataFrame(columns=columns) if path is None else _read_split_json(path.read_text(encoding="utf-8"))
+    if "kind" not in table or not (table["kind"] == "frozen_decoder").any():
+        trained = sweep_table(home, runs, with_baselines=True)
+        trained = trained[trained["baseline"].notna() & trained["ce_recovered"].notna()].rename(
+            columns={"baseline": "kind"}
+        )
+        present = [column for column in [*columns, *FIGURES[2:]] if column in trained]
+        parts = [part for part in (table, trained[present]) if not part.empty]
+        table = pd.concat(parts, ignore_index=True) if parts else table
+    return table
+
+
+def fetch_artifact(home: Home, run_id: str, name: str, to: Path | None = None) -> Path | None:
+    """A run's artifact (a file or a folder) as a local path, below `to` where it is given; None where it is absent.
+
+    Without `to` the path may be the artifact itself: read it, do not write to it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with _reported(home):
+        client = _connect(home)
+        if name not in [item.path for item in client.list_artifacts(run_id)]:
+            return None
+        try:
+            return Path(client.download_artifacts(run_id, name, None if to is None else str(to)))
+        except (MlflowException, OSError) as error:
+            raise SweepError(f"the artifact {name} of run {run_id} cannot be fetched: {error}") from None
+
+
+def _all_sweeps(home: Home) -> list[SweepRuns]:
+    with _reported(home):
+        client = _connect(home)
+        experiments = {item.experiment_id: item.name for item in _pages(client.search_experiments)}
+        found = sorted(_search(client, list(experiments), {KIND: "sweep"}), key=_opened_at, reverse=True)
+        return [_sweep_runs(home, run, experiments[run.info.experiment_id]) for run in found]
+
+
+def _sweep_runs(home: Home, run: "Run", name: str) -> SweepRuns:
+    tags = run.data.tags
+    low, _, high = tags.get(L0_BAND, "").partition(":")
+    return SweepRuns(
+        home=home,
+        name=name,
+        sweep_id=tags[SWEEP_ID],
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        status=tags.get("status", "running"),
+        saes=int(tags.get(SAE_COUNT, 0)),
+        started=pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
+        l0_band=(float(low), float(high)) if high else None,
+        cost={key.removeprefix("cost/"): value for key, value in run.data.metrics.items() if key.startswith("cost/")},
+    )
+
+
+def _row(run: "Run") -> dict[str, Any]:
+    tags = run.data.tags
+    final = {key: value for key, value in run.data.metrics.items() if "/" not in key}
+    return {
+        **{key: _typed(value) for key, value in run.data.params.items()},
+        **final,
+        **{key: tags.get(key) for key in ("sae_id", "hook_point", "architecture", "status", "baseline")},
+        "run_id": run.info.run_id,
+        "final": tuple(final),
+    }
+
+
+def _typed(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _read_split_json(text: str) -> pd.DataFrame:
+    return pd.read_json(io.StringIO(text), orient="split", precise_float=True)
+
+
+def _opened_at(run: "Run") -> tuple[int, int]:
+    return int(run.data.tags.get(OPENED_AT, 0)), run.info.start_time
+
+
+# ---- MLflow itself --------------------------------------------------------------------------------------------------
+
+
+def has_database(home: Home) -> bool:
+    """Whether there is anything to read: False only for an SQLite database that does not exist yet."""
+    uri = home.tracking_uri
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
+def _place(home: Home) -> str:
+    return str(home.path) if home.artifact_location else home.tracking_uri
+
+
+def _connect(home: Home) -> "MlflowClient":
+    """A client, made without creating anything. Raises `SweepError` where there is no database yet."""
+    if not has_database(home):
+        raise SweepError(f"there are no sweeps in {_place(home)} yet; `penstock run SPEC` makes one, --home names another")
+    _quiet_mlflow()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=home.tracking_uri)
+
+
+def _quiet_mlflow() -> None:
+    """Before MLflow is first imported: no chatter about tables, no "view run at" lines, no progress bars, no usage statistics."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow  # noqa: F401 -- it sets its loggers' levels when it is imported
+
+    for name in ("mlflow.store.db", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _reported(home: Home) -> Iterator[None]:
+    """MLflow's own complaints as one line for the user."""
+    _quiet_mlflow()
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        message = str(error).strip().splitlines()
+        raise SweepError(f"MLflow at {home.tracking_uri} cannot be used: {message[0] if message else error!r}") from error
+
+
+def _ensure_database(home: Home) -> None:
+    """Make the SQLite database where there is none: whole or not at all, and without a flush a schema change.
+
+    MLflow builds its schema in some sixty committed steps. Built beside its place and linked into it, a killed driver
+    leaves no half-made one, and of two drivers that start at once one wins.
+    """
+    uri = home.tracking_uri
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    if path.exists():
+        return
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise SweepError(f"the home {str(path.parent)!r} cannot be written to: {error}") from None
+    _quiet_mlflow()
+    import sqlalchemy
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    def unflushed(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", unflushed)
+    try:
+        store = SqlAlchemyStore(f"sqlite:///{temporary}", home.artifact_location or str(path.parent / "artifacts"))
+        store.engine.dispose()
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", unflushed)
+        temporary.unlink(missing_ok=True)
+
+
+def _search(client: "MlflowClient", experiments: Sequence[str], tags: Mapping[str, str]) -> Iterator["Run"]:
+    if not experiments:
+        return iter(())
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return _pages(client.search_runs, list(experiments), filter_string=condition)
+
+
+def _pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+    page = search(*arguments, **options)
+    yield from page
+    while page.token:
+        page = search(*arguments, **options, page_token=page.token)
+        yield from page
