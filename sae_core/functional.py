@@ -19,12 +19,14 @@ def top_k_mask(ranks: Tensor, k: int) -> Tensor:
     if k >= rows.shape[-1]:
         return ranks > 0
     place = rows.shape[-1] - k
-    kth = np.maximum(np.partition(rows, place, axis=1)[:, place : place + 1], np.finfo(np.float32).tiny)
-    mask = torch.from_numpy(rows >= kth)
-    tied = torch.from_numpy(np.flatnonzero(np.count_nonzero(mask.numpy(), axis=1) > k))
-    if len(tied):
-        mask[tied] = _top_k_mask_by_index(torch.from_numpy(rows)[tied], k)
-    return mask.view(ranks.shape)
+    kth = np.partition(rows, place, axis=1)[:, place : place + 1]
+    mask = rows >= np.maximum(kth, np.finfo(np.float32).tiny)
+    # Counting a whole mask is far cheaper than counting each row: only an odd total leads to a search for ties.
+    if np.count_nonzero(mask) != len(rows) * k or (kth <= 0).any():
+        tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
+        if len(tied):
+            mask[tied] = _top_k_mask_by_index(torch.from_numpy(rows[tied]), k).numpy()
+    return torch.from_numpy(mask).view(ranks.shape)
 
 
 def _top_k_mask_by_index(ranks: Tensor, k: int) -> Tensor:

@@ -57,7 +57,7 @@ class Rerun:
         self.tokens, self.residual, self.as_tuple = tokens, seen["residual"], seen["as_tuple"]
         self.shape = seen["activation"].shape
         activations = seen["activation"].reshape(*tokens.shape, -1)
-        self.skip = self._skippable(logits, activations)
+        self.skip = self._skippable(activations)
         return logits, activations
 
     def replaced(self, activations: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Rerun:
         with self._blocks_hand_on(residual):
             return self._run_hooked(shaped, tokens, residual)
 
-    def _run_hooked(self, shaped: Tensor, tokens: Tensor, residual: Tensor) -> Tensor:
+    def _run_hooked(self, shaped: Tensor, tokens: Tensor, residual: Tensor, *watches: tuple) -> Tensor:
         hook_point, value = self.hook_point, shaped
         if self.kind == "hook_resid_mid":
             # On the bridge this hook lies on the way into the second norm alone, off the residual stream: the
@@ -84,7 +84,7 @@ class Rerun:
         def replace(activation: Tensor, hook: Any) -> Tensor:
             return value.reshape(activation.shape)
 
-        return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(hook_point, replace)])
+        return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(hook_point, replace), *watches])
 
     @contextmanager
     def _residual_at_input(self, seen: dict[str, Any]) -> Iterator[None]:
@@ -110,22 +110,36 @@ class Rerun:
         output = (residual,) if self.as_tuple else residual
         skipped = list(self.model.blocks)[: self.first_layer]
         for block in skipped:
-            block.forward = lambda *args, **kwargs: output
+            # straight into the instance: the bridge's blocks pass attribute assignments on to the wrapped block
+            vars(block)["forward"] = lambda *args, **kwargs: output
         try:
             yield
         finally:
             for block in skipped:
-                del block.forward
+                del vars(block)["forward"]
 
-    def _skippable(self, logits: Tensor, activations: Tensor) -> bool:
+    def _skippable(self, activations: Tensor) -> bool:
         known = _SKIPPABLE.setdefault(self.model, {})
         if self.hook_point not in known:
-            known[self.hook_point] = self._try_skipping(logits[:1], activations[:1])
+            if self.kind == "hook_resid_mid":
+                self._check_mid(activations[:1])
+            known[self.hook_point] = self._try_skipping(activations[:1])
         return known[self.hook_point]
 
-    def _try_skipping(self, logits: Tensor, activations: Tensor) -> bool:
-        """Whether a pass without the layers below gives the clean logits for the clean activations, and the full
-        pass's for zeros (a hook that is not on the path to the logits would pass the first alone)."""
+    def _check_mid(self, activations: Tensor) -> None:
+        """Some models normalise what attention adds, or add it elsewhere: setting it then does not set the stream."""
+        seen = []
+        value = torch.zeros_like(activations)
+        watch = (self.hook_point, lambda activation, hook: seen.append(activation.detach()))
+        self._run_hooked(value, self.tokens[:1], self.residual[:1], watch)
+        if not seen or seen[0].abs().max() > 1e-3 * activations.abs().max():
+            raise ConfigError(
+                f"hook point {self.hook_point!r} cannot be replaced in this model; accepted are hook_resid_pre, "
+                "hook_resid_post, hook_attn_out and hook_mlp_out of a layer"
+            )
+
+    def _try_skipping(self, activations: Tensor) -> bool:
+        """Whether passes with and without the layers below agree, for the clean activations and for zeros."""
         if self.first_layer == 0 or self.as_tuple is False:
             return False
         tokens, residual = self.tokens[:1], self.residual[:1]

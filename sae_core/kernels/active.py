@@ -82,8 +82,8 @@ class SparseActive:
 
     def _index_on_cpu(self, mask: np.ndarray) -> None:
         flat = np.flatnonzero(mask)
-        counts = np.count_nonzero(mask, axis=1)
-        tokens = np.repeat(np.arange(self.n_tokens), counts)
+        bounds = np.searchsorted(flat, np.arange(self.n_tokens + 1) * self.n_latents)
+        tokens = np.repeat(np.arange(self.n_tokens), np.diff(bounds))
         latents = flat - tokens * self.n_latents
         # numpy sorts 16-bit keys by radix: an order of magnitude faster than a comparison sort
         keys = latents.astype(np.uint16 if self.n_latents <= 2**16 else np.uint32)
@@ -91,7 +91,7 @@ class SparseActive:
         per_latent = np.bincount(latents, minlength=self.n_latents)
         self.flat = torch.from_numpy(flat)
         self.latents = torch.from_numpy(latents)
-        self.starts = torch.from_numpy(np.cumsum(counts) - counts)
+        self.starts = torch.from_numpy(bounds[:-1])
         self.order = torch.from_numpy(order)
         self.tokens_by_latent = torch.from_numpy(tokens[order])
         self.starts_by_latent = torch.from_numpy(np.cumsum(per_latent) - per_latent)
@@ -128,7 +128,7 @@ class SparseActive:
 
     def per_latent(self, values: Tensor) -> Tensor:
         # not index_add: its order of summation is not fixed on a GPU
-        return self.latent_sums(values, torch.ones(self.n_tokens, 1, device=values.device)).squeeze(1)
+        return self.latent_sums(values, values.new_ones(self.n_tokens, 1)).squeeze(1)
 
     def scale(self, values: Tensor, by_F: Tensor) -> Tensor:
         return values * by_F[self.latents]

@@ -1,0 +1,145 @@
+"""The hand-written gradients against autograd of the plain formulas, on the dense and on the sparse path."""
+
+import pytest
+import torch
+
+from sae_core import ARCHITECTURES, parse_settings
+from sae_core.kernels import DenseActive, SparseActive, active, select_active
+from sae_core.sae import SAEConfig, StepContext
+
+D_IN, D_SAE, TOKENS = 6, 10, 16
+
+
+def make_sae(architecture: str, **fields):
+    generator = torch.Generator().manual_seed(5)
+    cls = ARCHITECTURES[architecture]
+    weights = {
+        name: torch.randn(shape, generator=generator).double() * 0.5 for name, shape in cls.shapes(D_IN, D_SAE).items()
+    }
+    return cls(SAEConfig(architecture=architecture, d_in=D_IN, d_sae=D_SAE, dtype="float64", **fields), weights)
+
+
+def plain_standard(w, x, coefficient, dead):
+    f = torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    x_hat = f @ w["W_dec"] + w["b_dec"]
+    penalty = (f * w["W_dec"].norm(dim=1)).sum(1).mean()
+    return (x_hat - x).square().sum(1).mean() + coefficient * penalty
+
+
+def plain_gated(w, x, coefficient, dead):
+    u = (x - w["b_dec"]) @ w["W_enc"]
+    gate, magnitude = u + w["b_gate"], u * w["r_mag"].exp() + w["b_mag"]
+    x_hat = ((gate > 0) * torch.relu(magnitude)) @ w["W_dec"] + w["b_dec"]
+    via_gate = torch.relu(gate) @ w["W_dec"].detach() + w["b_dec"].detach()
+    penalty = (torch.relu(gate) * w["W_dec"].detach().norm(dim=1)).sum(1).mean()
+    return ((x_hat - x).square() + (via_gate - x).square()).sum(1).mean() + coefficient * penalty
+
+
+def plain_topk(w, x, coefficient, dead, k=3):
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    ranks = pre * w["W_dec"].norm(dim=1)
+
+    def keep(ranks, k):
+        return torch.zeros_like(pre).scatter(1, ranks.topk(k, dim=1).indices, 1.0)
+
+    x_hat = (torch.relu(pre) * keep(ranks, k)) @ w["W_dec"] + w["b_dec"]
+    loss = (x_hat - x).square().sum(1).mean()
+    if dead is None:
+        return loss
+    n_dead, most = int(dead.sum()), D_IN // 2
+    z = torch.relu(pre) * keep(ranks.masked_fill(~dead, -torch.inf), min(most, n_dead))
+    aux = (z @ w["W_dec"] - (x - x_hat).detach()).square().sum(1).mean()
+    return loss + coefficient * min(n_dead / most, 1) * aux
+
+
+PLAIN = {"standard": plain_standard, "gated": plain_gated, "topk": plain_topk}
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("n_dead", [0, 2, 7])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, path, monkeypatch):
+    monkeypatch.setitem(active.SPARSE_BELOW, "cpu", {"dense": 0.0, "sparse": 2.0}[path])
+    fields = {"k": 3, "rescale_acts_by_decoder_norm": True} if architecture == "topk" else {}
+    sae = make_sae(architecture, **fields)
+    x = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(6)).double() * 2
+    dead = torch.arange(D_SAE) < n_dead if n_dead else None
+
+    weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in sae.named_parameters()}
+    expected_loss = PLAIN[architecture](weights, x, 0.7, dead)
+    expected_loss.backward()
+
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    with torch.no_grad():
+        terms = sae.accumulate_gradients(x, gradients, StepContext(TOKENS, 0.7, dead))
+    torch.testing.assert_close(terms.loss, expected_loss.detach())
+    for name, tensor in weights.items():
+        torch.testing.assert_close(gradients[name], tensor.grad, msg=lambda m, name=name: f"{name}: {m}")
+    f = sae.encode(x)
+    torch.testing.assert_close(terms.x_hat, sae.decode(f))
+    assert torch.equal(terms.fired, (f > 0).sum(0).double())
+    assert terms.active == (f > 0).sum()
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_dense_and_sparse_steps_agree_in_training(architecture, data, training, monkeypatch):
+    from conftest import SETTINGS
+
+    from sae_core import SAETrainer
+
+    states = []
+    for threshold in (0.0, 2.0):
+        monkeypatch.setitem(active.SPARSE_BELOW, "cpu", threshold)
+        trainer = SAETrainer(parse_settings(SETTINGS[architecture]), training, data.calibration)
+        for step in range(15):
+            trainer.train_step(data.batch(step))
+        states.append(trainer.state())
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_both_forms_of_active_pairs_do_the_same():
+    generator = torch.Generator().manual_seed(8)
+    support = torch.relu(torch.randn(5, 4, generator=generator))
+    support[2] = 0  # a token and a latent with no pair at all
+    support[:, 1] = 0
+    g, W = torch.randn(5, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    plus, mask = torch.randn(4, generator=generator), support > 0
+    dense, sparse = DenseActive(support), SparseActive(mask)
+
+    def spread(values):
+        return torch.zeros(5, 4).masked_scatter(mask, values)
+
+    values, pairs = dense.gather(g @ W.T), sparse.gather(g @ W.T)
+    assert torch.equal(spread(pairs), values)
+    torch.testing.assert_close(spread(sparse.row_dots(g, W)), dense.row_dots(g, W))
+    torch.testing.assert_close(spread(sparse.row_dots(g, W, plus)), dense.row_dots(g, W, plus))
+    torch.testing.assert_close(sparse.decode(pairs, W), dense.decode(values, W))
+    torch.testing.assert_close(sparse.latent_sums(pairs, g), dense.latent_sums(values, g))
+    torch.testing.assert_close(sparse.per_latent(pairs), dense.per_latent(values))
+    torch.testing.assert_close(spread(sparse.scale(pairs, plus)), dense.scale(values, plus))
+    torch.testing.assert_close(spread(sparse.shift(pairs, plus)), dense.shift(values, plus) * mask)
+
+
+def test_no_active_pair_at_all_is_no_special_case():
+    nothing = SparseActive(torch.zeros(3, 4, dtype=torch.bool))
+    values = nothing.gather(torch.ones(3, 4))
+    assert values.shape == (0,)
+    assert torch.equal(nothing.decode(values, torch.ones(4, 2)), torch.zeros(3, 2))
+    assert torch.equal(nothing.latent_sums(values, torch.ones(3, 2)), torch.zeros(4, 2))
+    assert nothing.row_dots(torch.ones(3, 2), torch.ones(4, 2)).shape == (0,)
+
+
+def test_the_form_follows_the_density():
+    support = torch.zeros(10, 10)
+    support[0] = 1
+    assert isinstance(select_active(support), SparseActive)
+    assert isinstance(select_active(torch.ones(10, 10)), DenseActive)
+
+
+def test_more_latents_than_sixteen_bits_hold():
+    mask = torch.zeros(2, 70_000, dtype=torch.bool)
+    mask[0, 69_999] = mask[1, 3] = mask[1, 69_999] = True
+    sparse = SparseActive(mask)
+    sums = sparse.latent_sums(torch.tensor([1.0, 10.0, 100.0]), torch.ones(2, 1))
+    assert sums[69_999] == 101 and sums[3] == 10 and sums.sum() == 111

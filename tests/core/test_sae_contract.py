@@ -1,0 +1,271 @@
+"""What every architecture must do. A new one gets its settings in conftest.SETTINGS and must pass all of this."""
+
+import pytest
+import torch
+from conftest import SETTINGS, make_data
+from torch.nn.functional import normalize
+
+from sae_core import ARCHITECTURES, SAE, CheckpointError, ConfigError, SAETrainer, TrainingSettings, parse_settings
+
+
+def run(trainer: SAETrainer, data, steps: int) -> None:
+    for _ in range(steps):
+        trainer.train_step(data.batch(trainer.steps_done))
+
+
+def equal_states(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_architecture_is_covered():
+    assert SETTINGS.keys() == ARCHITECTURES.keys()
+
+
+def test_settings_survive_a_round_trip(settings):
+    assert parse_settings(settings.model_dump(mode="json")) == settings
+
+
+def test_shapes(trainer, data):
+    sae = trainer.export()
+    x = data.x[:6].view(2, 3, 16)
+    f = sae.encode(x)
+    assert f.shape == (2, 3, 48)
+    assert sae.decode(f).shape == sae(x).shape == x.shape
+    assert (f >= 0).all()
+    assert (sae.d_in, sae.d_sae) == (16, 48)
+
+
+def test_start_is_the_mean_and_a_tied_decoder(trainer, data):
+    sae = trainer.sae
+    torch.testing.assert_close(sae.b_dec.data, data.calibration.mean * data.calibration.scale)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    norm = torch.full((48,), type(sae).decoder_norm_at_start)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), norm)
+
+
+def test_start_depends_on_the_seed_alone(settings, training, data):
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = SAETrainer(settings, training, data.calibration).state()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert equal_states(SAETrainer(settings, training, data.calibration).state(), first)
+    other = SAETrainer(settings.model_copy(update={"seed": 1}), training, data.calibration).state()
+    assert not torch.equal(other["weights.W_dec"], first["weights.W_dec"])
+
+
+def test_metrics_are_finite_and_named(trainer, data):
+    metrics = trainer.train_step(data.batch(0), want_metrics=True)
+    names = {"loss", "mse", "l0", "explained_variance", "dead_fraction", "grad_norm", "lr"}
+    extra = {"l1_coefficient"} if hasattr(trainer.settings, "l1_coefficient") else set()
+    assert metrics.keys() == names | extra
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    assert metrics["grad_norm"] > 0
+    assert (trainer.steps_done, trainer.tokens_seen, trainer.diverged) == (1, 32, False)
+    assert trainer.train_step(data.batch(1)) is None
+
+
+def test_metrics_are_those_of_the_weights_before_the_step(trainer, data):
+    run(trainer, data, 10)
+    x = data.batch(10)
+    scale = data.calibration.scale
+    f = trainer.sae.encode(x * scale)
+    x_hat = trainer.sae.decode(f) / scale
+    metrics = trainer.train_step(x, want_metrics=True)
+    mse = (x_hat - x).square().sum(1).mean()
+    assert metrics["mse"] == pytest.approx(mse.item(), rel=1e-4)
+    assert metrics["l0"] == (f > 0).sum(1).float().mean().item()
+    variance = x.var(0, correction=0).sum()
+    assert metrics["explained_variance"] == pytest.approx((1 - mse / variance).item(), abs=1e-4)
+
+
+def test_asking_for_metrics_changes_nothing(settings, training, data):
+    quiet, talking = (SAETrainer(settings, training, data.calibration) for _ in range(2))
+    for step in range(4):
+        quiet.train_step(data.batch(step))
+        talking.train_step(data.batch(step), want_metrics=True)
+    assert equal_states(quiet.state(), talking.state())
+
+
+def test_two_runs_are_equal_bit_for_bit(settings, training, data):
+    trainers = [SAETrainer(settings, training, data.calibration) for _ in range(2)]
+    for trainer in trainers:
+        run(trainer, data, 20)
+    assert equal_states(trainers[0].state(), trainers[1].state())
+
+
+def test_a_neighbour_changes_nothing(settings, training, data):
+    alone, beside, neighbour = (SAETrainer(settings, training, data.calibration) for _ in range(3))
+    run(alone, data, 6)
+    for step in range(6):
+        neighbour.train_step(data.batch(step) * 1.5)
+        beside.train_step(data.batch(step))
+    assert equal_states(alone.state(), beside.state())
+
+
+def test_the_batch_is_only_read(trainer, data):
+    x = data.batch(0).clone()
+    trainer.train_step(x, want_metrics=True)
+    assert torch.equal(x, data.batch(0))
+
+
+def test_resumed_training_is_uninterrupted_training(settings, training, data):
+    whole, first, second = (SAETrainer(settings, training, data.calibration) for _ in range(3))
+    run(whole, data, 20)
+    run(first, data, 11)
+    second.load_state(first.state())
+    assert equal_states(second.state(), first.state())
+    assert (second.steps_done, second.tokens_seen) == (11, 352)
+    run(second, data, 9)
+    assert equal_states(second.state(), whole.state())
+
+
+def test_state_is_a_copy(trainer, data):
+    state = trainer.state()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    run(trainer, data, 2)
+    assert equal_states(state, kept)
+
+
+def test_wrong_states_are_refused_and_change_nothing(trainer, data):
+    run(trainer, data, 2)
+    state = trainer.state()
+    lacking = {name: tensor for name, tensor in state.items() if name != "adam.exp_avg.W_dec"}
+    misshapen = {**state, "weights.W_enc": state["weights.W_enc"].T.contiguous()}
+    for broken, message in [(lacking, "exp_avg.W_dec"), (misshapen, "W_enc of shape"), ({**state, "x": state["weights.b_dec"]}, "unknown")]:
+        with pytest.raises(CheckpointError, match=message):
+            trainer.load_state(broken)
+    assert equal_states(trainer.state(), state)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [32, 8, 7])
+def test_micro_batches_are_the_same_maths(settings, training, data, micro_batch_tokens):
+    whole = SAETrainer(settings, training, data.calibration)
+    parts = SAETrainer(settings, training, data.calibration, micro_batch_tokens=micro_batch_tokens)
+    for step in range(8):
+        a = whole.train_step(data.batch(step), want_metrics=True)
+        b = parts.train_step(data.batch(step), want_metrics=True)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for name, tensor in whole.state().items():
+        torch.testing.assert_close(parts.state()[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_that_fails_can_be_repeated(settings, training, data, monkeypatch):
+    smooth, bumpy = (SAETrainer(settings, training, data.calibration, micro_batch_tokens=8) for _ in range(2))
+    run(smooth, data, 5)
+    run(bumpy, data, 4)
+    before = bumpy.state()
+    real, calls = bumpy.sae.accumulate_gradients, []
+
+    def out_of_memory_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args)
+
+    monkeypatch.setattr(bumpy.sae, "accumulate_gradients", out_of_memory_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        bumpy.train_step(data.batch(4))
+    assert equal_states(bumpy.state(), before)
+    bumpy.train_step(data.batch(4))
+    assert equal_states(bumpy.state(), smooth.state())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_divergence_is_seen_and_stays(trainer, data, bad):
+    run(trainer, data, 1)
+    assert not trainer.diverged
+    trainer.train_step(torch.full((32, 16), bad))
+    assert trainer.diverged
+    trainer.train_step(data.batch(2))
+    assert trainer.diverged
+
+
+def test_a_wrong_batch_is_refused(trainer):
+    with pytest.raises(ConfigError, match="d_in 16"):
+        trainer.train_step(torch.zeros(4, 15))
+
+
+def test_export_is_the_trained_function_on_raw_activations(trainer, data):
+    run(trainer, data, 40)
+    scale = data.calibration.scale
+    x = data.x[:500]
+    sae = trainer.export({"hook_name": "blocks.0.hook_resid_post"})
+    torch.testing.assert_close(sae(x), trainer.sae(x * scale) / scale, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
+    strength = trainer.sae.W_dec.norm(dim=1) / scale
+    torch.testing.assert_close(sae.encode(x), trainer.sae.encode(x * scale) * strength, rtol=1e-4, atol=1e-5)
+    assert sae.cfg.metadata["hook_name"] == "blocks.0.hook_resid_post"
+    assert sae.cfg.metadata["sae_settings"] == trainer.settings.model_dump(mode="json")
+
+
+def test_saved_and_loaded_is_the_same_function(trainer, data, tmp_path):
+    run(trainer, data, 5)
+    sae = trainer.export({"hook_name": "blocks.1.hook_resid_pre"})
+    sae.save(tmp_path / "sae", sparsity=trainer.sparsity())
+    loaded = SAE.load(tmp_path / "sae")
+    assert type(loaded) is type(sae)
+    assert torch.equal(loaded.encode(data.x), sae.encode(data.x))
+    assert torch.equal(loaded(data.x), sae(data.x))
+    assert loaded.cfg.metadata.items() >= sae.cfg.metadata.items()
+
+
+def test_encoding_and_exporting_change_nothing(trainer, data):
+    run(trainer, data, 3)
+    before = trainer.state()
+    trainer.sae(data.x)
+    trainer.export().encode(data.x)
+    trainer.sparsity()
+    assert equal_states(trainer.state(), before)
+
+
+def test_encode_is_differentiable_in_its_input(trainer, data):
+    x = data.x[:8].clone().requires_grad_()
+    trainer.export()(x).square().sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+
+
+def test_a_frozen_decoder_stays(settings, training, data):
+    frozen = settings.model_copy(update={"frozen_decoder": True})
+    trainer = SAETrainer(frozen, training, data.calibration)
+    before = trainer.state()
+    torch.testing.assert_close(before["weights.W_dec"].norm(dim=1), torch.ones(48))
+    run(trainer, data, 10)
+    after = trainer.state()
+    assert torch.equal(after["weights.W_dec"], before["weights.W_dec"])
+    assert "adam.exp_avg.W_dec" not in after
+    for name in ("W_enc", "b_dec"):
+        assert not torch.equal(after[f"weights.{name}"], before[f"weights.{name}"])
+    resumed = SAETrainer(frozen, training, data.calibration)
+    resumed.load_state(after)
+    assert equal_states(resumed.state(), after)
+
+
+def test_lr_of_the_settings_overrides_the_trainings(settings, training, data):
+    fast = SAETrainer(settings.model_copy(update={"lr": 1.0}), training, data.calibration)
+    assert fast.train_step(data.batch(0), want_metrics=True)["lr"] == pytest.approx(1 / 3)
+
+
+def test_half_precision_activations_are_accepted(trainer, data):
+    metrics = trainer.train_step(data.batch(0).bfloat16(), want_metrics=True)
+    assert metrics["explained_variance"] < 1
+
+
+RECOVERY = {
+    "standard": {"architecture": "standard", "d_sae": 40, "l1_coefficient": 0.3, "l1_warm_up_steps": 300},
+    "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 0.3, "l1_warm_up_steps": 300},
+    "topk": {"architecture": "topk", "d_sae": 40, "k": 3},
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_known_dictionary_is_recovered(architecture):
+    data = make_data(n=32, d_in=24, tokens=40_000, active=0.06)
+    training = TrainingSettings(steps=1500, batch_tokens=256, lr=3e-3, dead_after_tokens=50_000)
+    trainer = SAETrainer(parse_settings(RECOVERY[architecture]), training, data.calibration)
+    for step in range(training.steps):
+        trainer.train_step(data.batch(step, 256))
+    sae = trainer.export()
+    similarity = data.dictionary @ normalize(sae.W_dec, dim=1).T
+    assert similarity.max(dim=1).values.mean() > 0.95
+    assert (similarity.max(dim=1).values > 0.9).double().mean() > 0.9
