@@ -196,8 +196,9 @@ class Pack:
     def _export(self, slot: _Slot) -> None:
         # Whatever window the run allows, so that a short run does not call rare latents dead.
         window = min(DEAD_OVER_TOKENS, slot.trainer.tokens_seen // 2)
+        since_fired = slot.trainer.state()["counters.tokens_since_fired"]
         summary = {
-            "dead_fraction": slot.trainer.dead_fraction(window),
+            "dead_fraction": float((since_fired >= window).double().mean()),
             "dead_over_tokens": window,
             "tokens": slot.trainer.tokens_seen,
             "code": code_hash(),

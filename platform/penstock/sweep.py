@@ -177,7 +177,7 @@ class Driver:
         self.say(f"sweep {self.spec.name}: starting Ray" if not address else f"joining the Ray cluster at {address}")
         self._own_ray = connect(address)
         cluster, store_bytes = describe_cluster()
-        if not self._own_ray and len(cluster.nodes) > 1 and self.storage.is_local:
+        if not self._own_ray and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
             self._check_shared_storage()
         slots = cluster.pack_slots(self.spec.resources)
         self._start_hosts()
