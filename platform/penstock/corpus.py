@@ -1,0 +1,348 @@
+"""Where documents come from: the demo corpus, local files, or a dataset of the Hugging Face hub.
+
+A corpus yields documents (a text, or an array of token ids) in its own order. `sampled_pieces` turns it into the order
+in which they are used. Documents are cut into pieces of a few rows, so that a run that needs little of a corpus sees a
+little of many documents and not all of a few; the split is still decided by the whole document.
+"""
+
+import heapq
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from penstock.errors import DataError
+from penstock.spec import DataSpec
+from penstock.splits import Split, document_hash, split_of
+
+Content = str | np.ndarray
+
+_COMPRESSIONS = (".gz", ".zst", ".bz2")
+_KINDS = {  # in this order: a folder that `datasets` saved holds arrow beside json
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "json": (".jsonl", ".ndjson", ".json"),
+    "text": (".txt", ".text", ".md"),
+}
+_ACCEPTED = ", ".join(suffix for suffixes in _KINDS.values() for suffix in suffixes)
+_PIECE_ROWS = 8
+_CHARACTERS_A_TOKEN = 4
+_SHUFFLE_BUFFER_DOCUMENTS = 10_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`identity` names the content; `read()` begins again at the first document; `stream` is true where the order of
+    `read()` is already random and the end may be far away."""
+
+    identity: str
+    read: Callable[[], Iterator[Content]]
+    stream: bool = False
+
+
+class Piece(NamedTuple):
+    split: Split
+    document: int  # position of the document in the corpus
+    content: Content
+
+
+def open_corpus(data: DataSpec) -> Corpus:
+    """The corpus that `data.dataset` names. Raises `DataError` when it is not there or cannot be read as asked."""
+    local = Path(data.dataset).expanduser()
+    if data.dataset == "demo":
+        return _open_demo(data)
+    if local.exists():
+        return _open_local(data, local)
+    if data.dataset.startswith((".", "/", "~")) or _kind_of(local):
+        raise DataError(f"data.dataset {data.dataset!r}: there is no such file or folder; accepted: `demo`, a file or "
+                        f"folder ({_ACCEPTED}), or the name of a hub dataset")  # fmt: skip
+    return _open_hub(data)
+
+
+# ---- the order in which a corpus is used ----------------------------------------------------------------------------
+
+
+def sampled_pieces(corpus: Corpus, data: DataSpec, wanted: Set[Split], budgets: Mapping[Split, int]) -> Iterator[Piece]:
+    """Pieces of the documents of the `wanted` splits, which the caller may shrink on the way.
+
+    A corpus that can be read again comes ordered by hash(data.seed, document, piece), so any prefix is a random sample
+    of it; a stream comes as it is. `budgets` (characters, or ids) bounds what is held at once of each split: what lies
+    beyond is read again if it turns out to be needed.
+    """
+    size = _PIECE_ROWS * data.context_size * (1 if data.tokens_column else _CHARACTERS_A_TOKEN)
+    if corpus.stream:
+        for document, content in enumerate(corpus.read()):
+            split = split_of(_hash(content))
+            if split in wanted:
+                for part in _cut(content, size):
+                    yield Piece(split, document, part)
+        return
+    budgets = dict(budgets)
+    done: dict[Split, tuple[int, int, int]] = {}
+    while True:
+        held, dropped = _smallest_keys(corpus, data.seed, size, wanted, budgets, done)
+        for split, entries in held.items():
+            for key, content in entries:
+                if split not in wanted:
+                    break
+                done[split] = key
+                yield Piece(split, key[1], content)
+        if not dropped & set(wanted):
+            return
+        budgets = {split: 4 * budget for split, budget in budgets.items()}
+
+
+def _smallest_keys(
+    corpus: Corpus, seed: int, size: int, wanted: Set[Split], budgets: Mapping[Split, int],
+    done: Mapping[Split, tuple[int, int, int]],
+) -> tuple[dict[Split, list[tuple[tuple[int, int, int], Content]]], set[Split]]:  # fmt: skip
+    """The pieces with the smallest keys beyond `done`, sorted, up to each split's budget; and the splits with more."""
+    heaps: dict[Split, list[tuple[int, int, int, Content]]] = {split: [] for split in budgets if split in wanted}
+    totals = dict.fromkeys(heaps, 0)
+    dropped: set[Split] = set()
+    for document, content in enumerate(corpus.read()):
+        content_hash = _hash(content)
+        split = split_of(content_hash)
+        if split not in heaps:
+            continue
+        heap = heaps[split]
+        for index, part in enumerate(_cut(content, size)):
+            digest = blake2b(f"{seed}/{index}/".encode() + content_hash, digest_size=8).digest()
+            key = (int.from_bytes(digest, "little"), document, index)
+            if split in done and key <= done[split]:
+                continue
+            heapq.heappush(heap, (-key[0], -key[1], -key[2], part))  # the largest key on top
+            totals[split] += len(part)
+            while totals[split] - len(heap[0][3]) >= budgets[split]:
+                totals[split] -= len(heapq.heappop(heap)[3])
+                dropped.add(split)
+    ordered = {
+        split: [((-key, -document, -index), part) for key, document, index, part in sorted(heap, reverse=True)]
+        for split, heap in heaps.items()
+    }
+    return ordered, dropped
+
+
+def _hash(content: Content) -> bytes:
+    return document_hash(content if isinstance(content, str) else content.tobytes())
+
+
+def _cut(content: Content, size: int) -> Iterator[Content]:
+    """Pieces of at most `size`; a text is cut behind a line or a word where there is one."""
+    start = 0
+    while len(content) - start > size:
+        stop = start + size
+        if isinstance(content, str):
+            cuts = (content.rfind(mark, start + size // 2, stop) + 1 for mark in "\n ")
+            stop = next((cut for cut in cuts if cut), stop)
+        yield content[start:stop]
+        start = stop
+    if start < len(content):
+        yield content[start:]
+
+
+# ---- demo and local files -------------------------------------------------------------------------------------------
+
+
+def _open_demo(data: DataSpec) -> Corpus:
+    from penstock import demo
+
+    if data.tokens_column:
+        raise DataError(f"data.tokens_column {data.tokens_column!r}: the demo corpus has no columns; leave it out")
+    texts = list(demo.documents())
+    digest = blake2b(digest_size=16)
+    for text in texts:
+        digest.update(document_hash(text))
+    return Corpus(f"demo:{digest.hexdigest()}", lambda: iter(texts))
+
+
+def _open_local(data: DataSpec, root: Path) -> Corpus:
+    files, kind = _files(data, root)
+    if kind == "text" and data.tokens_column:
+        raise DataError(f"data.tokens_column {data.tokens_column!r}: text files have no columns; accepted with a column "
+                        f"of token ids: parquet, arrow, jsonl")  # fmt: skip
+    column = data.tokens_column or data.text_column
+    digest = blake2b(f"{kind}/{column}/{bool(data.tokens_column)}".encode(), digest_size=16)
+    try:
+        for file in files:
+            digest.update(_file_digest(file))
+    except OSError as error:
+        raise DataError(f"data.dataset {data.dataset!r} cannot be read: {error}") from None
+
+    def read() -> Iterator[Content]:
+        empty = True
+        for file in files:
+            for value in _read_file(file, kind, column, whole_files=len(files) > 1):
+                content = _checked(value, data, str(file))
+                if len(content):
+                    empty = False
+                    yield content
+        if empty:
+            raise DataError(f"data.dataset {data.dataset!r} holds no document"
+                            + ("" if kind == "text" else f" in the column {column!r}"))  # fmt: skip
+
+    return Corpus(f"local:{digest.hexdigest()}", read)
+
+
+def _files(data: DataSpec, root: Path) -> tuple[list[Path], str]:
+    candidates = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    for kind in _KINDS:
+        files = [path for path in candidates if _kind_of(path) == kind]
+        if files:
+            return files, kind
+    raise DataError(f"data.dataset {data.dataset!r}: no file of an accepted kind; accepted: {_ACCEPTED}")
+
+
+def _kind_of(path: Path) -> str | None:
+    name = path.name.lower()
+    for compression in _COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((kind for kind, suffixes in _KINDS.items() if name.endswith(suffixes)), None)
+
+
+def _file_digest(path: Path) -> bytes:
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def _read_file(path: Path, kind: str, column: str, *, whole_files: bool) -> Iterator[Any]:
+    """The values of a column; of text files, the documents. Every failure to read is a `DataError` naming the file."""
+    try:
+        if kind == "parquet":
+            file = pq.ParquetFile(path)
+            _require_column(column, file.schema_arrow.names, path)
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                yield from _values(batch.column(0))
+        elif kind == "arrow":
+            for batch in _arrow_batches(path):
+                _require_column(column, batch.schema.names, path)
+                yield from _values(batch.column(column))
+        elif kind == "json":
+            for row in _json_rows(path):
+                _require_column(column, list(row) if isinstance(row, dict) else [], path)
+                yield row[column]
+        else:
+            text = _text_stream(path).read()
+            yield from [text] if whole_files else text.replace("\r\n", "\n").split("\n\n")
+    except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())}") from None
+
+
+def _require_column(column: str, names: list[str], source: Path | str) -> None:
+    if column not in names:
+        raise DataError(f"{source} has no column {column!r}; its columns: {', '.join(map(repr, names)) or 'none'} "
+                        f"(data.text_column, or data.tokens_column for token ids)")  # fmt: skip
+
+
+def _values(array: pa.Array) -> Iterator[Any]:
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        for value in array:
+            yield value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
+    else:
+        for value in array:
+            yield value.as_py()
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    source = pa.memory_map(str(path))
+    try:
+        reader = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:  # `datasets` writes the streaming format under the same suffix
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+    else:
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+
+
+def _text_stream(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(pa.input_stream(str(path), compression="detect")), encoding="utf-8")
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    stream = _text_stream(path)
+    first = stream.readline()
+    while first and not first.strip():
+        first = stream.readline()
+    if first.lstrip().startswith("["):
+        yield from json.loads(first + stream.read())
+        return
+    try:
+        rows = [json.loads(first)] if first else []
+    except json.JSONDecodeError:  # one object over several lines
+        rows = [json.loads(first + stream.read())]
+    yield from rows
+    for line in stream:
+        if line.strip():
+            yield json.loads(line)
+
+
+def _checked(value: Any, data: DataSpec, source: str) -> Content:
+    """A document as a text, or as int32 ids; an empty one for a missing value."""
+    if data.tokens_column is None:
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise DataError(f"data.text_column {data.text_column!r} of {source} holds {type(value).__name__}, not text; "
+                            f"name a column of token ids with data.tokens_column")  # fmt: skip
+        return value if value.strip() else ""
+    ids = np.asarray([] if value is None else value)
+    if len(ids) and not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"data.tokens_column {data.tokens_column!r} of {source} holds {ids.dtype}, not whole numbers")
+    return ids.astype(np.int32)
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+def _open_hub(data: DataSpec) -> Corpus:
+    revision = _hub_revision(data)
+    column = data.tokens_column or data.text_column
+
+    def read() -> Iterator[Content]:
+        import datasets
+
+        where = f"hub dataset {data.dataset!r}"
+        try:
+            stream = datasets.load_dataset(
+                data.dataset, data.subset, split=data.hub_split, streaming=True, revision=revision
+            )
+            for row in stream.shuffle(seed=data.seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS):
+                _require_column(column, list(row), where)
+                content = _checked(row[column], data, where)
+                if len(content):
+                    yield content
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data.dataset {data.dataset!r} (subset {data.subset!r}, hub_split {data.hub_split!r}) "
+                            f"cannot be read from the hub: {_short(error)}") from None  # fmt: skip
+
+    return Corpus(f"hub:{data.dataset}/{data.subset}/{data.hub_split}@{revision}/{column}", read, stream=True)
+
+
+def _hub_revision(data: DataSpec) -> str:
+    """The commit that the dataset's name stands for now: the content's address, and what is then read."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(data.dataset, timeout=20).sha
+    except (OSError, ValueError) as error:
+        reason = _short(error)
+    except Exception as error:  # the HTTP client's own errors share no base with OSError
+        if not type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests")):
+            raise
+        reason = _short(error)
+    raise DataError(f"data.dataset {data.dataset!r} is no local file or folder, and the hub does not give it: {reason}")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,206 @@
+"""Runs the language model: harvests blocks of activations, and evaluates SAEs inside the model."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from penstock.activations import from_wire, wire_dtype
+from penstock.errors import ModelError
+from penstock.models import load_model
+from penstock.spec import DataSpec, ModelSpec
+from penstock.splits import Split
+from penstock.tokens import TokenStore, row_generator
+
+if TYPE_CHECKING:
+    from sae_core.evaluation import EvaluationSums
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class ModelHost:
+    """A language model on one device. `forward_passes` and `tokens` count what harvesting has run through it.
+
+    Args:
+        device: `cuda` where there is one and otherwise `cpu`, unless given.
+        threads: torch's CPU threads; part of what makes results the same bit for bit.
+    """
+
+    def __init__(self, model: ModelSpec, *, device: str | None = None, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(model, self.device)
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
+        self.rows_per_forward = model.harvest_rows
+        self.forward_passes = 0
+        self.tokens = 0
+        self._name = model.name
+        self._hooks = self.model.hook_dict  # a property that gathers all of them anew
+        self._norm_limits: dict[tuple[str, str], float] = {}
+
+    # ---- harvesting ----
+
+    def harvest(
+        self, store: TokenStore, data: DataSpec, block: int, hook_points: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The activations of a block of train rows: an array [kept tokens, d_in] for each hook point.
+
+        Excluded tokens are left out and the rest permuted once by (data.seed, block), the same way for every hook point,
+        so row i is one token everywhere. Arrays have the model's type (bfloat16 as uint16, see `activations`). On a CPU
+        of one type with the same threads they are the same bit for bit, whatever hook points are asked for together.
+
+        With `data.exclude.norm_over_median`, a token whose norm at a hook point is more than that multiple of the block's
+        median there gives its place, at that hook point only, to another token of the block (the first of the permuted
+        order, then the second, ...): step counts and the alignment of all other rows stay as they are.
+
+        Raises `ModelError` for a hook point that the model lacks, and when not even one row fits into memory.
+        """
+        rows = store.rows("train", block * store.block_rows, (block + 1) * store.block_rows)
+        kept = store.kept(rows)
+        places = row_generator(data.seed, block).permutation(int(kept.sum()))
+        arrays = self._activations(rows, kept, places, hook_points)
+        if data.exclude.norm_over_median is not None:
+            for array in arrays.values():
+                replace_outliers(from_wire(array, self.dtype), data.exclude.norm_over_median)
+        return arrays
+
+    def _activations(
+        self, rows: np.ndarray, kept: np.ndarray, places: np.ndarray, hook_points: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Kept token i of `rows` at place `places[i]` of an array for each hook point, in the order asked for."""
+        out: dict[str, np.ndarray] = {}
+        firsts = np.concatenate([[0], np.cumsum(kept.sum(1))])
+        start = 0
+        while start < len(rows):
+            n_rows = min(self.rows_per_forward, len(rows))
+            stop = min(start + n_rows, len(rows))
+            where = torch.from_numpy(places[firsts[start] : firsts[stop]])
+            # The last rows are filled up to the same shape: a matrix product of another shape may round another way.
+            padded = rows[np.minimum(np.arange(start, start + n_rows), len(rows) - 1)]
+            chunk_kept = torch.from_numpy(kept[start:stop]).to(self.device)
+
+            def write(name: str, activations: Tensor) -> None:
+                values = activations.flatten(2)[: len(chunk_kept)][chunk_kept].to("cpu")  # noqa: B023
+                if name not in out:
+                    out[name] = np.empty((len(places), values.shape[1]), dtype=wire_dtype(self.dtype))
+                from_wire(out[name], self.dtype)[where] = values.to(self.dtype)  # noqa: B023
+
+            if self._or_halve(lambda: self._forward(padded, hook_points, write)):  # noqa: B023
+                start = stop
+        return {name: out[name] for name in hook_points}
+
+    def _forward(self, rows: np.ndarray, hook_points: Sequence[str], write: Callable[[str, Tensor], None]) -> bool:
+        """Run rows up to the deepest of the hook points and hand over the activations [rows, context, ...] of each."""
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        missing = [name for name in hook_points if name not in self._hooks]
+        if missing:
+            raise ModelError(f"hook_points: model.name {self._name!r} has no {missing[0]!r}")
+        waiting = set(hook_points)
+
+        def hook(name: str) -> Callable[..., None]:
+            def read(activations: Tensor, hook: Any) -> None:
+                write(name, activations)
+                waiting.discard(name)
+                if not waiting:  # the rest of the model is not needed
+                    raise StopAtLayerException(activations)
+
+            return read
+
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        try:
+            for name in hook_points:
+                self._hooks[name].add_hook(hook(name))
+            with torch.inference_mode():
+                self.model(tokens, return_type=None)
+        finally:
+            for name in hook_points:
+                self._hooks[name].remove_hooks()
+        if waiting:
+            raise ModelError(f"hook_points: {sorted(waiting)[0]!r} is never reached in model.name {self._name!r}")
+        self.forward_passes += 1
+        self.tokens += rows.size
+        return True
+
+    def _or_halve(self, run: Callable[[], Result]) -> Result | None:
+        """`run()`, or None when memory ran out and the rows of a forward pass have been halved for another try."""
+        try:
+            return run()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+        # Outside the handler: the error's traceback keeps the failed pass' tensors alive.
+        if self.rows_per_forward == 1:
+            raise ModelError(f"model.name {self._name!r}: not even one row fits into the memory of {self.device}; a "
+                             f"smaller data.context_size or model.dtype: bfloat16 needs less ({reason})")  # fmt: skip
+        self.rows_per_forward //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("out of memory: going on with %d rows a forward pass (%s)", self.rows_per_forward, reason)
+        return None
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, store: TokenStore, data: DataSpec, hook_point: str, saes: Mapping[str, nn.Module], split: Split,
+        start_row: int, stop_row: int,
+    ) -> "dict[str, EvaluationSums]":  # fmt: skip
+        """Sums of the metrics of SAEs of one hook point over some rows of a split, to be added up over slices.
+
+        With `data.exclude.norm_over_median` a token counts when its norm is at most that multiple of the median norm of
+        train block 0, so that the tokens do not depend on how a split is cut into slices.
+        """
+        from sae_core.evaluation import evaluate_rows
+
+        rows = store.rows(split, start_row, stop_row)
+        kept = store.kept(rows)
+        if data.exclude.norm_over_median is not None:
+            kept = self._without_outliers(store, data, hook_point, rows, kept)
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        kept_tokens = torch.from_numpy(kept).to(self.device)
+        while True:
+            rows_per_forward = self.rows_per_forward
+            sums = self._or_halve(
+                lambda: evaluate_rows(
+                    self.model, saes, hook_point, tokens, kept_tokens, rows_per_forward=rows_per_forward  # noqa: B023
+                )
+            )
+            if sums is not None:
+                return sums
+
+    def _without_outliers(
+        self, store: TokenStore, data: DataSpec, hook_point: str, rows: np.ndarray, kept: np.ndarray
+    ) -> np.ndarray:
+        assert data.exclude.norm_over_median is not None
+        if (store.train_id, hook_point) not in self._norm_limits:
+            first = store.rows("train", 0, store.block_rows)
+            norms = self._norms(first, store.kept(first), hook_point)
+            self._norm_limits[store.train_id, hook_point] = data.exclude.norm_over_median * norms.median().item()
+        kept = kept.copy()
+        kept[kept] = (self._norms(rows, kept, hook_point) <= self._norm_limits[store.train_id, hook_point]).numpy()
+        return kept
+
+    def _norms(self, rows: np.ndarray, kept: np.ndarray, hook_point: str) -> Tensor:
+        arrays = self._activations(rows, kept, np.arange(int(kept.sum())), [hook_point])
+        return from_wire(arrays[hook_point], self.dtype).float().norm(dim=1)
+
+
+def replace_outliers(activations: Tensor, norm_over_median: float) -> None:
+    """Overwrite rows [n, d_in] whose norm is above `norm_over_median` times the median by the first rows that are not."""
+    norms = activations.float().norm(dim=1)
+    limit = norm_over_median * norms.median()
+    outliers = torch.nonzero(norms > limit).squeeze(1)
+    ordinary = torch.nonzero(norms <= limit).squeeze(1)
+    activations[outliers] = activations[ordinary[torch.arange(len(outliers)) % len(ordinary)]]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch on a CPU says so in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
