@@ -260,7 +260,7 @@ def load_model(model: ModelSpec, device: str) -> "TransformerBridge":
         if bars:
             logging.enable_progress_bar()
     if place.is_local:
-        _check_complete(model, Path(place.name), bridge)
+        _check_complete(model, Path(place.name))
     _process(model, bridge)
     # The bridge asks for every layer's attention pattern and for a key-value cache; nobody here reads either.
     bridge.original_model.config.output_attentions = False
@@ -274,15 +274,23 @@ def _unsupported(model: ModelSpec, error: Exception) -> str | None:
     return f"model.name {model.name!r}: TransformerLens supports no model of this architecture"
 
 
-def _check_complete(model: ModelSpec, folder: Path, bridge: "TransformerBridge") -> None:
+def _check_complete(model: ModelSpec, folder: Path) -> None:
     """Transformers fills weights that a file lacks with random numbers; SAEs on those would mean nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     stored = _stored_parameters(_weight_headers(folder))
-    if not stored or getattr(bridge.original_model.config, "quantization_config", None):
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not stored or getattr(config, "quantization_config", None):
         return
-    unique = {parameter.data_ptr(): parameter.numel() for parameter in bridge.original_model.parameters()}
-    if stored < sum(unique.values()):
-        raise ModelError(f"model.name {model.name!r}: its files hold {stored} weights, its config describes "
-                         f"{sum(unique.values())}: the folder is not complete")  # fmt: skip
+    with torch.device("meta"):
+        try:
+            described = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        except ValueError:  # an architecture of another kind, which the bridge may still know
+            return
+    if stored < described:
+        raise ModelError(f"model.name {model.name!r}: its files hold {stored} weights, its config describes {described}: "
+                         "the folder is not complete")  # fmt: skip
 
 
 def _process(model: ModelSpec, bridge: "TransformerBridge") -> None:
