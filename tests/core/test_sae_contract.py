@@ -132,7 +132,9 @@ def test_wrong_states_are_refused_and_change_nothing(trainer, data):
     state = trainer.state()
     lacking = {name: tensor for name, tensor in state.items() if name != "adam.exp_avg.W_dec"}
     misshapen = {**state, "weights.W_enc": state["weights.W_enc"].T.contiguous()}
-    for broken, message in [(lacking, "exp_avg.W_dec"), (misshapen, "W_enc of shape"), ({**state, "x": state["weights.b_dec"]}, "unknown")]:
+    superfluous = {**state, "x": state["weights.b_dec"]}
+    cases = [(lacking, "exp_avg.W_dec"), (misshapen, "W_enc of shape"), (superfluous, "unknown")]
+    for broken, message in cases:
         with pytest.raises(CheckpointError, match=message):
             trainer.load_state(broken)
     assert equal_states(trainer.state(), state)
@@ -252,8 +254,8 @@ def test_half_precision_activations_are_accepted(trainer, data):
 
 
 RECOVERY = {
-    "standard": {"architecture": "standard", "d_sae": 40, "l1_coefficient": 0.3, "l1_warm_up_steps": 300},
-    "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 0.3, "l1_warm_up_steps": 300},
+    "standard": {"architecture": "standard", "d_sae": 40, "l1_coefficient": 1.0, "l1_warm_up_steps": 300},
+    "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 4.0, "l1_warm_up_steps": 300},
     "topk": {"architecture": "topk", "d_sae": 40, "k": 3},
 }
 

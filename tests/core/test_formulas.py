@@ -1,0 +1,225 @@
+"""Every formula on cases small enough to work out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from sae_core import ConfigError, EvaluationSums, TrainingSettings
+from sae_core.architectures import GatedSAE, StandardSAE, TopKSAE
+from sae_core.architectures.jumprelu import JumpReLUSAE
+from sae_core.functional import (
+    aux_k_scale,
+    cosine,
+    explained_variance,
+    jumprelu,
+    kl_divergence,
+    l2_ratio,
+    squared_error,
+    top_k_mask,
+    topk,
+)
+from sae_core.sae import SAEConfig, StepContext
+from sae_core.schedules import lr_factor, warm_up
+
+# Encoder and decoder of two latents: the first reads and writes the first coordinate (written twice as long), the
+# second the second one.
+W_ENC = torch.eye(2)
+W_DEC = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+ZERO = torch.zeros(2)
+X = torch.tensor([[3.0, 1.0], [-1.0, 2.0]])
+
+
+def make(cls, architecture, **given):
+    fields = {name: given.pop(name) for name in ("k", "rescale_acts_by_decoder_norm") if name in given}
+    cfg = SAEConfig(architecture=architecture, d_in=2, d_sae=2, **fields)
+    weights = {name: torch.zeros(shape) for name, shape in cls.shapes(2, 2).items()}
+    return cls(cfg, {**weights, "W_enc": W_ENC, "W_dec": W_DEC, **given})
+
+
+def step(sae, coefficient, dead=None, x=X):
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in sae.named_parameters()}
+    with torch.no_grad():
+        return sae.accumulate_gradients(x, gradients, StepContext(len(x), coefficient, dead)), gradients
+
+
+def test_standard_loss():
+    # f = [[3, 1], [0, 2]], x_hat = [[6, 1], [0, 2]], errors 9 and 1; penalties 3*2 + 1 and 2
+    terms, gradients = step(make(StandardSAE, "standard"), coefficient=0.5)
+    assert terms.squared_error == 10
+    assert terms.loss == pytest.approx(10 / 2 + 0.5 * (7 + 2) / 2)
+    assert terms.fired.tolist() == [1, 2] and terms.active == 3
+    # d loss / d b_dec through the decoder: mean of 2 (x_hat - x) = [(6 + 2) / 2, 0] = [4, 0]; through the encoder
+    # minus the sum of d_pre: latent 0, token 0: 2 * 3 * 2 / 2 + 0.5 * 2 / 2 = 6.5; latent 1: 0.25 + 0.25
+    assert gradients["b_enc"].tolist() == [6.5, 0.5]
+    assert gradients["b_dec"].tolist() == [4 - 6.5, -0.5]
+
+
+def test_standard_encode_subtracts_the_decoder_bias():
+    sae = make(StandardSAE, "standard", b_dec=torch.tensor([1.0, 1.0]), b_enc=torch.tensor([0.5, 0.0]))
+    assert sae.encode(X).tolist() == [[2.5, 0.0], [0.0, 1.0]]
+    assert sae.decode(torch.tensor([1.0, 1.0])).tolist() == [3.0, 2.0]
+
+
+def test_gated_loss():
+    # gate = x, magnitude = 2x - 1 (r_mag = log 2, b_mag = -1): f = [[5, 1], [0, 3]], x_hat = [[10, 1], [0, 3]],
+    # errors 49 and 1 + 1; via the gate [[6, 1], [0, 2]], errors 9 and 1; penalties 7 and 2
+    sae = make(GatedSAE, "gated", r_mag=torch.full((2,), math.log(2)), b_mag=torch.tensor([-1.0, -1.0]))
+    torch.testing.assert_close(sae.encode(X), torch.tensor([[5.0, 1.0], [0.0, 3.0]]))
+    terms, _ = step(sae, coefficient=0.5)
+    assert terms.squared_error.item() == pytest.approx(51, rel=1e-5)
+    assert terms.loss.item() == pytest.approx((51 + 10) / 2 + 0.5 * 9 / 2, rel=1e-5)
+
+
+def test_a_closed_gate_wins_over_a_positive_magnitude():
+    sae = make(GatedSAE, "gated", b_gate=torch.tensor([-4.0, 0.0]), b_mag=torch.tensor([1.0, 1.0]))
+    assert sae.encode(X).tolist() == [[0.0, 2.0], [0.0, 3.0]]
+
+
+def test_topk_ranks_by_decoder_norm():
+    # pre-activations 3 and 4: with norms 2 and 1 the first wins (6 > 4), without norms the second
+    x = torch.tensor([[3.0, 4.0]])
+    assert make(TopKSAE, "topk", k=1, rescale_acts_by_decoder_norm=True).encode(x).tolist() == [[3.0, 0.0]]
+    assert make(TopKSAE, "topk", k=1).encode(x).tolist() == [[0.0, 4.0]]
+
+
+def test_topk_loss_with_a_dead_latent():
+    # k = 1, ranks [[6, 1], [-2, 2]]: f = [[3, 0], [0, 2]], x_hat = [[6, 0], [0, 2]], residuals [[-3, 1], [-1, 0]],
+    # errors 10 and 1. Latent 1 is dead: k_aux = 1, weight 1 * min(1 / 1, 1); z W_dec = [[0, 1], [0, 2]], errors 9 + 0
+    # and 1 + 4
+    sae = make(TopKSAE, "topk", k=1, rescale_acts_by_decoder_norm=True)
+    terms, _ = step(sae, coefficient=0.5, dead=torch.tensor([False, True]))
+    assert terms.squared_error == 11
+    assert terms.loss.item() == pytest.approx(11 / 2 + 0.5 * 14 / 2)
+    alive, _ = step(sae, coefficient=0.5)
+    assert alive.loss.item() == pytest.approx(11 / 2)
+
+
+def test_jumprelu_encode():
+    sae = make(JumpReLUSAE, "jumprelu", threshold=torch.tensor([3.0, 1.5]))
+    assert sae.encode(X).tolist() == [[0.0, 0.0], [0.0, 2.0]]
+    assert jumprelu(torch.tensor([1.0, -1.0]), torch.tensor([0.5, -2.0])).tolist() == [1.0, 0.0]
+
+
+def test_fold_moves_norms_and_scale_and_keeps_the_function():
+    sae = make(StandardSAE, "standard", b_enc=torch.tensor([1.0, 0.0]), b_dec=torch.tensor([0.0, 4.0]))
+    folded = sae.folded(2.0, {"a": 1})
+    assert folded.W_dec.tolist() == [[1, 0], [0, 1]]
+    assert folded.W_enc.tolist() == [[2, 0], [0, 1]]  # times norm
+    assert folded.b_enc.tolist() == [1.0, 0.0]  # times norm / scale
+    assert folded.b_dec.tolist() == [0.0, 2.0]
+    assert torch.equal(folded(X), sae(X * 2) / 2)
+    assert folded.cfg.metadata == {"a": 1}
+
+
+def test_topk_takes_positive_values_only():
+    x = torch.tensor([[1.0, 5.0, 3.0, -1.0], [-1.0, -2.0, 4.0, -3.0], [0.0, 0.0, 0.0, 0.0]])
+    assert topk(x, 2).tolist() == [[0, 5, 3, 0], [0, 0, 4, 0], [0, 0, 0, 0]]
+    assert topk(x, 9).tolist() == [[1, 5, 3, 0], [0, 0, 4, 0], [0, 0, 0, 0]]
+
+
+def test_topk_keeps_exactly_k_of_tied_values():
+    ties = torch.tensor([[2.0, 2.0, 2.0, 1.0], [3.0, 2.0, 1.0, 0.0], [5.0, -1.0, -1.0, -1.0]])
+    assert top_k_mask(ties, 2).sum(1).tolist() == [2, 2, 1]
+    assert top_k_mask(ties, 1).sum(1).tolist() == [1, 1, 1]
+
+
+def test_the_two_ways_to_the_top_k_agree():
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
+    for k in (1, 7, 32, 33):
+        assert torch.equal(top_k_mask(x, k), top_k_mask(x.double(), k))
+
+
+def test_aux_k_scale():
+    assert aux_k_scale(3, 16, 1.0) == (3, 3 / 8)
+    assert aux_k_scale(100, 16, 0.5) == (8, 0.5)
+
+
+def test_errors_and_ratios():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    x_hat = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    assert squared_error(x, x_hat).tolist() == [16.0, 4.0]
+    assert cosine(x, x_hat).tolist() == pytest.approx([0.6, 0.0])
+    assert l2_ratio(x, x_hat).tolist() == pytest.approx([0.6, 2.0])
+    # E||x||^2 = 12.5, ||E x||^2 = 6.25, E||x - x_hat||^2 = 10
+    assert explained_variance(x, x_hat).item() == pytest.approx(1 - 10 / 6.25)
+
+
+def test_kl_divergence():
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert kl_divergence(p.log(), q.log()).item() == pytest.approx(expected)
+
+
+def test_warm_up():
+    assert [warm_up(step, 4) for step in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert warm_up(0, 0) == 1.0
+
+
+def test_lr_rises_holds_and_falls():
+    training = TrainingSettings(steps=10, batch_tokens=1, dead_after_tokens=1, lr_warm_up_steps=2, lr_decay_steps=4)
+    factors = [lr_factor(step, training) for step in range(11)]
+    assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+
+
+def test_lr_falls_over_the_last_fifth_unless_told():
+    training = TrainingSettings(steps=10, batch_tokens=1, dead_after_tokens=1)
+    assert [lr_factor(step, training) for step in (7, 8, 9)] == [1, 1, 0.5]
+
+
+def sums(**changes) -> EvaluationSums:
+    given = dict(
+        n_tokens=2, n_predictions=2, ce_clean=2.0, ce_ablated=10.0, ce_sae=4.0, kl_ablated=8.0, kl_sae=2.0, l0=6.0,
+        l1=9.0, squared_error=3.0, square_x=10.0, square_x_hat=8.0, x_dot_x_hat=16.0, cosine=1.5, l2_ratio=1.0,
+        sum_x=torch.tensor([2.0, 0.0]).double(), fired=torch.tensor([1, 0, 2, 0]),
+    )  # fmt: skip
+    return EvaluationSums(**{**given, **changes})
+
+
+def test_evaluation_metrics_from_sums():
+    assert sums().metrics() == {
+        "l0": 3.0, "l1": 4.5, "ce_recovered": 0.75, "ce_clean": 1.0, "ce_ablated": 5.0, "ce_sae": 2.0,
+        "kl_recovered": 0.75, "kl_sae": 1.0, "kl_ablated": 4.0,
+        "explained_variance": 1 - 1.5 / (5 - 1), "mse": 1.5, "cosine": 0.75, "l2_ratio": 0.5,
+        "relative_reconstruction_bias": 0.5, "dead_fraction": 0.5, "n_tokens": 2,
+    }  # fmt: skip
+    assert sums().metrics(dead=torch.tensor([False, True, False, False]))["dead_fraction"] == 0.25
+
+
+def test_merged_sums_are_sums_of_both():
+    merged = sums().merge(sums(n_tokens=6, l0=2.0, fired=torch.tensor([0, 1, 0, 0])))
+    assert merged.n_tokens == 8
+    assert merged.metrics()["l0"] == 1.0
+    assert merged.fired.tolist() == [1, 1, 2, 0]
+    with pytest.raises(ConfigError, match="d_sae"):
+        sums().merge(sums(fired=torch.tensor([1])))
+
+
+def test_no_kept_token_is_an_error():
+    with pytest.raises(ConfigError, match="0 tokens"):
+        sums(n_tokens=0).metrics()
+
+
+def test_sparsity_is_the_log_of_the_firing_rate(data):
+    from sae_core import SAETrainer, parse_settings
+
+    settings = parse_settings({"architecture": "standard", "d_sae": 8, "l1_coefficient": 1.0, "seed": 4})
+    training = TrainingSettings(steps=9, batch_tokens=32, lr=1e-9, dead_after_tokens=64)
+    trainer = SAETrainer(settings, training, data.calibration)
+    fired = []
+    for step in range(5):  # windows of 64 tokens: after 160 tokens, one full and half of the next
+        fired.append((trainer.sae.encode(data.batch(step) * data.calibration.scale) > 0).sum(0))
+        trainer.train_step(data.batch(step))
+    expected = torch.log10(sum(fired[2:]).double() / 96 + 1e-10).float()
+    torch.testing.assert_close(trainer.sparsity(), expected, rtol=0.02, atol=0.02)
+
+
+def test_dead_is_counted_in_tokens(data):
+    from sae_core import SAETrainer, parse_settings
+
+    settings = parse_settings({"architecture": "topk", "d_sae": 8, "k": 1, "lr": 1e-9})
+    trainer = SAETrainer(settings, TrainingSettings(steps=9, batch_tokens=4, dead_after_tokens=8), data.calibration)
+    x = data.x[:1].expand(4, -1)  # one token over and over: one latent fires
+    fractions = [trainer.train_step(x, want_metrics=True)["dead_fraction"] for _ in range(3)]
+    assert fractions == [0.0, 7 / 8, 7 / 8]
+    assert sorted(trainer.state()["counters.tokens_since_fired"].tolist()) == [0, *[12] * 7]
