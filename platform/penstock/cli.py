@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def command(name: str, run: Callable[[argparse.Namespace, Home], int], summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, parents=[common], help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        added = commands.add_parser(name, parents=[common], help=summary, description=sentence)
         added.set_defaults(command=run)
         return added
 
@@ -189,7 +190,7 @@ def _ui(arguments: argparse.Namespace, home: Home) -> int:
         print(f"MLflow already runs at {home.tracking_uri}")
         return 0
     if not has_database(home):
-        raise SweepError(f"there are no sweeps in {home.path} yet; `penstock run SPEC` makes one, --home names another")
+        raise SweepError(f"{home.path} holds no sweeps yet; `penstock run SPEC` makes one, --home names another place")
     port = arguments.port or _free_port()
     with tempfile.TemporaryFile() as log, _terminated_as_interrupt(), _mlflow_server(home, port, log) as server:
         _wait_until_served(server, port, log)

@@ -1,6 +1,6 @@
 """MLflow: an experiment a sweep name, a parent run a sweep, a child run an SAE.
 
-The driver is the only writer, through one `Tracker`, in batches; everybody else reads (`find_sweep`, `sweep_table`, ...).
+The driver is the only writer, through one `Tracker`, in batches; everybody else reads (`find_sweep`, `sweep_table`).
 
 - Live curves of a child, against tokens as the step: `train/loss`, `train/l0`, `train/explained_variance`,
   `train/dead_fraction`. Final figures have plain names: `l0`, `ce_recovered`, `dead_fraction`, ...
@@ -372,7 +372,7 @@ def find_sweep(home: Home, sweep: str) -> SweepRuns:
         return named[0]
     names = list(dict.fromkeys(runs.name for runs in sweeps))
     if not names:
-        raise SweepError(f"no sweep {sweep!r}: there are none in {_place(home)} yet; `penstock run SPEC` makes one")
+        raise SweepError(f"no sweep {sweep!r}: {_place(home)} holds none yet; `penstock run SPEC` makes one")
     near = difflib.get_close_matches(sweep, names, n=len(names), cutoff=0.4)
     ordered = [*near, *(name for name in names if name not in near)]
     shown = ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")
@@ -380,7 +380,7 @@ def find_sweep(home: Home, sweep: str) -> SweepRuns:
 
 
 def list_sweeps(home: Home) -> pd.DataFrame:
-    """All sweeps, the one opened last first: name, sweep_id, status, saes, started, run_id. None in a home yet unused."""
+    """All sweeps, the one opened last first: name, sweep_id, status, saes, started, run_id. Empty in an unused home."""
     found = _all_sweeps(home) if has_database(home) else []
     columns = ["name", "sweep_id", "status", "saes", "started", "run_id"]
     return pd.DataFrame([[getattr(runs, column) for column in columns] for runs in found], columns=columns)
@@ -514,7 +514,7 @@ def _place(home: Home) -> str:
 def _connect(home: Home) -> "MlflowClient":
     """A client, made without creating anything. Raises `SweepError` where there is no database yet."""
     if not has_database(home):
-        raise SweepError(f"there are no sweeps in {_place(home)} yet; `penstock run SPEC` makes one, --home names another")
+        raise SweepError(f"{_place(home)} holds no sweeps yet; `penstock run SPEC` makes one, --home names another place")
     _quiet_mlflow()
     from mlflow import MlflowClient
 
@@ -522,7 +522,7 @@ def _connect(home: Home) -> "MlflowClient":
 
 
 def _quiet_mlflow() -> None:
-    """Before MLflow is first imported: no chatter about tables, no "view run at" lines, no progress bars, no usage statistics."""
+    """Import MLflow without its chatter: no lines about tables and runs, no progress bars, no usage statistics."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -543,7 +543,8 @@ def _reported(home: Home) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         message = str(error).strip().splitlines()
-        raise SweepError(f"MLflow at {home.tracking_uri} cannot be used: {message[0] if message else error!r}") from error
+        reason = message[0] if message else repr(error)
+        raise SweepError(f"MLflow at {home.tracking_uri} cannot be used: {reason}") from error
 
 
 def _ensure_database(home: Home) -> None:
