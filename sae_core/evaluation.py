@@ -108,9 +108,11 @@ def evaluate_rows(
             f"tokens have shape {list(tokens.shape)} and kept {list(kept.shape)}; accepted: both [rows, context]"
         )
     rerun = Rerun(model, hook_point)
+    device = next(model.parameters()).device
+    tokens, kept = tokens.to(device), kept.to(device, torch.bool)
     results: dict[str, EvaluationSums] = {}
     for rows, keep in zip(tokens.split(rows_per_forward), kept.split(rows_per_forward), strict=True):
-        for name, sums in _evaluate_forward(rerun, saes, rows, keep.bool()).items():
+        for name, sums in _evaluate_forward(rerun, saes, rows, keep).items():
             results[name] = results[name].merge(sums) if name in results else sums
     return results
 
@@ -119,7 +121,6 @@ def _evaluate_forward(
     rerun: Rerun, saes: Mapping[str, nn.Module], rows: Tensor, keep: Tensor
 ) -> dict[str, EvaluationSums]:
     logits, activations = rerun.clean(rows)
-    rows, keep = rows.to(logits.device), keep.to(logits.device)
     behaviour = _Behaviour(logits, rows, keep)
     del logits
     ce_ablated, kl_ablated = behaviour.compare(rerun.replaced(torch.zeros_like(activations)))

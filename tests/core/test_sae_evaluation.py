@@ -1,0 +1,236 @@
+"""Evaluation on a tiny GPT-2 of 3 layers, against a direct computation with whole passes and plain hooks."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from sae_core import ConfigError, SAETrainer, TopKBasis, TrainingSettings, calibrate, evaluate_rows, parse_settings
+from sae_core.hooked import Rerun
+
+HOOK_POINTS = [
+    "blocks.0.hook_resid_pre",
+    "blocks.0.hook_resid_post",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.hook_resid_mid",
+    "blocks.1.hook_resid_post",
+    "blocks.2.hook_resid_post",
+    "blocks.2.hook_mlp_out",
+    "blocks.1.hook_attn_out",
+    "blocks.1.attn.hook_z",
+]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 50, (5, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def kept():
+    keep = torch.rand(5, 16, generator=torch.Generator().manual_seed(2)) > 0.25
+    keep[:, 0] = False
+    return keep
+
+
+def activations_of(model, hook_point, tokens):
+    seen = []
+    hook = (hook_point, lambda activation, hook: seen.append(activation.detach().reshape(*tokens.shape, -1)))
+    with torch.no_grad():
+        model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[hook])
+    return seen[0]
+
+
+def trained_sae(x):
+    training = TrainingSettings(steps=30, batch_tokens=40, lr=3e-3, dead_after_tokens=400)
+    trainer = SAETrainer(parse_settings({"architecture": "topk", "d_sae": 64, "k": 6}), training, calibrate(x))
+    for _ in range(training.steps):
+        trainer.train_step(x[:40])
+    return trainer.export()
+
+
+@torch.no_grad()
+def run_replaced(model, hook_point, tokens, replaced):
+    """A whole pass with `replaced` at the hook point. In the bridge the hook before the second norm is off the
+    residual stream, so what enters both the norm and the sum is set at the block's parts by hand."""
+    if "resid_mid" in hook_point:
+        layer = int(hook_point.split(".")[1])
+        stream = activations_of(model, f"blocks.{layer}.hook_resid_pre", tokens)
+        hook_point, replaced = f"blocks.{layer}.hook_attn_out", replaced - stream
+    hook = (hook_point, lambda activation, hook: replaced.reshape(activation.shape))
+    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[hook])
+
+
+@torch.no_grad()
+def expected_metrics(model, sae, hook_point, tokens, kept):
+    x_all = activations_of(model, hook_point, tokens)
+    x = x_all[kept].double()
+    f = sae.encode(x_all[kept])
+    x_hat = sae.decode(f).double()
+    replaced = x_all.clone()
+    replaced[kept] = x_hat.float()
+    logits = {
+        "clean": model(tokens, return_type="logits"),
+        "ablated": run_replaced(model, hook_point, tokens, torch.zeros_like(x_all)),
+        "sae": run_replaced(model, hook_point, tokens, replaced),
+    }
+    ce = {
+        name: cross_entropy(given[:, :-1][kept[:, :-1]], tokens[:, 1:][kept[:, :-1]]).item()
+        for name, given in logits.items()
+    }
+    log_p = {name: log_softmax(given[kept].double(), -1) for name, given in logits.items()}
+    kl = {
+        name: (log_p["clean"].exp() * (log_p["clean"] - log_p[name])).sum(-1).mean().item()
+        for name in ("ablated", "sae")
+    }
+    error = (x - x_hat).square().sum(1).mean()
+    return {
+        "ce_clean": ce["clean"],
+        "ce_ablated": ce["ablated"],
+        "ce_sae": ce["sae"],
+        "ce_recovered": (ce["ablated"] - ce["sae"]) / (ce["ablated"] - ce["clean"]),
+        "kl_ablated": kl["ablated"],
+        "kl_sae": kl["sae"],
+        "kl_recovered": (kl["ablated"] - kl["sae"]) / kl["ablated"],
+        "l0": (f != 0).sum(1).double().mean().item(),
+        "l1": f.abs().sum(1).double().mean().item(),
+        "mse": error.item(),
+        "explained_variance": (1 - error / x.var(0, correction=0).sum()).item(),
+        "cosine": torch.cosine_similarity(x, x_hat).mean().item(),
+        "l2_ratio": (x_hat.norm(dim=1) / x.norm(dim=1)).mean().item(),
+        "relative_reconstruction_bias": (x_hat.square().sum() / (x * x_hat).sum()).item(),
+        "dead_fraction": ((f != 0).sum(0) == 0).double().mean().item(),
+        "n_tokens": int(kept.sum()),
+    }
+
+
+@pytest.mark.parametrize("hook_point", HOOK_POINTS)
+def test_metrics_equal_a_direct_computation(tiny_model, hook_point, tokens, kept):
+    x = activations_of(tiny_model, hook_point, tokens)[kept]
+    sae = trained_sae(x)
+    saes = {"sae": sae, "neurons": TopKBasis.neurons(calibrate(x), 8)}
+    results = evaluate_rows(tiny_model, saes, hook_point, tokens, kept, rows_per_forward=2)
+    for name, module in saes.items():
+        expected = expected_metrics(tiny_model, module, hook_point, tokens, kept)
+        assert results[name].metrics() == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+def test_hooked_transformer_gives_the_reference_for_every_hook_point(tokens, kept):
+    """There the residual stream has true hooks, hook_resid_mid too: replacing is what it says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+        config = HookedTransformerConfig(
+            n_layers=3, d_model=32, n_ctx=16, d_head=8, n_heads=4, d_vocab=50, act_fn="gelu", seed=1, device="cpu"
+        )
+        model = HookedTransformer(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(4)
+    for hook_point in HOOK_POINTS:
+        x_all = activations_of(model, hook_point, tokens)
+        basis = TopKBasis.pca(calibrate(x_all[kept]), 10)
+        replaced = torch.where(kept[..., None], basis(x_all), x_all)
+        hook = (hook_point, lambda activation, hook, value=replaced: value.reshape(activation.shape))
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[hook])
+        ce = cross_entropy(logits[:, :-1][kept[:, :-1]], tokens[:, 1:][kept[:, :-1]]).item()
+        result = evaluate_rows(model, {"b": basis}, hook_point, tokens, kept, rows_per_forward=5)["b"].metrics()
+        assert result["ce_sae"] == pytest.approx(ce, rel=1e-4), hook_point
+
+
+@pytest.mark.parametrize("hook_point", HOOK_POINTS)
+def test_a_perfect_reconstruction_recovers_everything(tiny_model, hook_point, tokens, kept):
+    x = activations_of(tiny_model, hook_point, tokens)[kept]
+    basis = TopKBasis.neurons(calibrate(x), x.shape[1])
+    metrics = evaluate_rows(tiny_model, {"b": basis}, hook_point, tokens, kept, rows_per_forward=5)["b"].metrics()
+    for name in ("ce_recovered", "kl_recovered", "explained_variance", "cosine", "l2_ratio"):
+        assert metrics[name] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_number_of_rows_a_pass_does_not_matter(tiny_model, tokens, kept):
+    hook_point = "blocks.1.hook_resid_post"
+    basis = TopKBasis.neurons(calibrate(activations_of(tiny_model, hook_point, tokens)[kept]), 4)
+    results = [
+        evaluate_rows(tiny_model, {"b": basis}, hook_point, tokens, kept, rows_per_forward=rows)["b"].metrics()
+        for rows in (1, 3, 5)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[0] == pytest.approx(results[2], rel=1e-4)
+
+
+def test_an_sae_gets_the_same_numbers_alone_and_beside_others(tiny_model, tokens, kept):
+    hook_point = "blocks.1.hook_resid_post"
+    calibration = calibrate(activations_of(tiny_model, hook_point, tokens)[kept])
+    a, b = TopKBasis.neurons(calibration, 4), TopKBasis.pca(calibration, 9)
+    alone = evaluate_rows(tiny_model, {"a": a}, hook_point, tokens, kept, rows_per_forward=5)
+    beside = evaluate_rows(tiny_model, {"b": b, "a": a}, hook_point, tokens, kept, rows_per_forward=5)
+    assert alone["a"].metrics() == beside["a"].metrics()
+    assert beside["b"].metrics() != beside["a"].metrics()
+
+
+def test_layers_below_are_left_out_and_the_model_is_as_before(tiny_model, tokens):
+    calls = []
+    handles = [
+        block.mlp.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+        for layer, block in enumerate(tiny_model.blocks)
+    ]
+    before = tiny_model(tokens, return_type="logits")
+    counts = {}
+    for hook_point in ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"):
+        rerun = Rerun(tiny_model, hook_point)
+        _, activations = rerun.clean(tokens)
+        calls.clear()
+        rerun.replaced(activations)
+        counts[hook_point] = calls.copy()
+    for handle in handles:
+        handle.remove()
+    assert counts == {
+        "blocks.1.hook_resid_pre": [1, 2],
+        "blocks.1.hook_resid_post": [2],
+        "blocks.2.hook_mlp_out": [2],
+    }
+    assert torch.equal(tiny_model(tokens, return_type="logits"), before)
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_before(tiny_model, tokens):
+    before = tiny_model(tokens, return_type="logits")
+    rerun = Rerun(tiny_model, "blocks.1.hook_resid_post")
+    _, activations = rerun.clean(tokens)
+    with pytest.raises(RuntimeError):
+        rerun.replaced(activations[..., :7])
+    assert torch.equal(tiny_model(tokens, return_type="logits"), before)
+
+
+def test_evaluating_changes_no_weight(tiny_model, tokens, kept):
+    sae = trained_sae(activations_of(tiny_model, "blocks.0.hook_resid_post", tokens)[kept])
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    for _ in range(2):
+        evaluate_rows(tiny_model, {"s": sae}, "blocks.0.hook_resid_post", tokens, kept, rows_per_forward=5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+def test_sums_can_be_sent_to_another_process(tiny_model, tokens, kept):
+    basis = TopKBasis.neurons(calibrate(activations_of(tiny_model, "blocks.0.hook_mlp_out", tokens)[kept]), 4)
+    sums = evaluate_rows(tiny_model, {"b": basis}, "blocks.0.hook_mlp_out", tokens, kept, rows_per_forward=5)["b"]
+    assert pickle.loads(pickle.dumps(sums)).metrics() == sums.metrics()
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "message"),
+    [
+        ("blocks.7.hook_resid_post", "3 layers"),
+        ("blocks.1.hook_nothing", "blocks.1.hook_nothing.*none of this name"),
+        ("hook_embed", "blocks.N"),
+    ],
+)
+def test_a_hook_point_the_model_lacks_is_refused(tiny_model, tokens, kept, hook_point, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate_rows(tiny_model, {}, hook_point, tokens, kept, rows_per_forward=5)
+
+
+def test_tokens_and_kept_must_match(tiny_model, tokens, kept):
+    with pytest.raises(ConfigError, match="both .rows, context"):
+        evaluate_rows(tiny_model, {}, "blocks.1.hook_resid_post", tokens, kept[:2], rows_per_forward=5)
