@@ -21,12 +21,14 @@ def to_wire(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def from_wire(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """The tensor of type `dtype` that an array stands for, without a copy.
+def from_wire(array: np.ndarray, dtype: torch.dtype | str) -> Tensor:
+    """The tensor of type `dtype` (or of that name) that an array stands for, without a copy.
 
     The object store hands arrays out read-only and torch cannot keep that: never change the result in place.
     """
-    if array.dtype == np.uint16:
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert array.dtype == _WIRE_DTYPES[dtype]
+    if dtype is torch.bfloat16:
         array = array.view(np.int16)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
