@@ -14,10 +14,10 @@ import numpy as np
 import ray
 from safetensors.torch import save as save_tensors
 
-from penstock.errors import SweepError
 from penstock.evaluate import Subject, load_subject
-from penstock.identity import code_hash
-from penstock.model_host import ModelHost, from_wire
+from penstock.identity import check_code
+from penstock.model_host import ModelHost
+from penstock.activations import from_wire
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.storage import Storage
@@ -27,15 +27,6 @@ from sae_core import calibrate
 from sae_core.evaluation import EvaluationSums
 
 NAMESPACE = "penstock"
-
-
-def check_code(expected: str) -> None:
-    """Raise `SweepError` when this process imports other source code than the driver does."""
-    if code_hash() != expected:
-        raise SweepError(
-            f"this process runs source code {code_hash()} and its driver runs {expected}: an older installation is in "
-            "the way on this node; submit with `penstock submit`, which ships the code, or update the image"
-        )
 
 
 @dataclass(frozen=True)
@@ -62,9 +53,6 @@ class HostActor:
 
     def ping(self) -> bool:
         return True
-
-    def check_hook_points(self, names: Sequence[str]) -> None:
-        self._host.check_hook_points(names)
 
     def harvest(self, tokens_id: str, calibration_folder: str, block: int, hook_points: Sequence[str]) -> Any:
         """The block at each hook point, one return value each, and a `BlockInfo` last."""
@@ -112,14 +100,15 @@ class StreamConfig:
     window: int
     waves: tuple[Mapping[str, tuple[str, ...]], ...]  # pack id -> hook points
     cursors: Mapping[str, int]
+    hosts: tuple[str, ...]  # names: a handle would be lost with the driver's object store when the actor restarts
     code: str
 
 
 class _RayHost:
     """A host as the stream sees it."""
 
-    def __init__(self, handle: Any, config: StreamConfig) -> None:
-        self._handle = handle
+    def __init__(self, name: str, config: StreamConfig) -> None:
+        self._handle = ray.get_actor(name, namespace=NAMESPACE)
         self._config = config
 
     async def harvest(self, block: int, hook_points: Sequence[str]) -> tuple[dict[str, Any], BlockInfo]:
@@ -140,14 +129,14 @@ class _RayHost:
 class StreamActor:
     """The stream of a sweep: owns the blocks, hands them out. Its name is the lock on the sweep."""
 
-    def __init__(self, config: StreamConfig, hosts: Sequence[Any]) -> None:
+    def __init__(self, config: StreamConfig) -> None:
         check_code(config.code)
-        state = StreamState(config.n_blocks, config.window, len(hosts))
+        state = StreamState(config.n_blocks, config.window, len(config.hosts))
         for cohort, packs in enumerate(config.waves):
             state.expect(packs, cohort, config.cursors)
         if config.waves:
             state.open_cohort(0, time.monotonic())
-        self._stream = Stream(state, [_RayHost(host, config) for host in hosts])
+        self._stream = Stream(state, [_RayHost(name, config) for name in config.hosts])
         self._pump: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -13,8 +13,11 @@ from penstock.plan import Cluster
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the driver shows progress itself
     "TOKENIZERS_PARALLELISM": "false",
 }
+# What our actors and workers have to say comes through the stream; the rest stays in Ray's session logs.
+_QUIET: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": False, "namespace": "penstock"}
 
 
 def packages() -> list[str]:
@@ -38,7 +41,7 @@ def connect(address: str | None) -> bool:
     if "PENSTOCK_SUBMITTED" not in os.environ:  # a job of `penstock submit` brings all of this along
         environment = {"env_vars": ENVIRONMENT, "py_modules": packages()}
     try:
-        ray.init(address=address, runtime_env=environment, logging_level="WARNING", namespace="penstock")
+        ray.init(address=address, runtime_env=environment, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SweepError(f"--address {address!r}: no Ray cluster answers there: {error}") from None
     return False
@@ -47,6 +50,8 @@ def connect(address: str | None) -> bool:
 def _start_local() -> None:
     # A Ray of one machine listens on the loopback only, where a token would protect nothing.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # A pack needs a handful of processes; on few cores Ray would start them one after another.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -56,8 +61,7 @@ def _start_local() -> None:
         include_dashboard=True,  # Ray Train's clean-up after a stopped trial goes through it
         dashboard_host="127.0.0.1",
         _node_ip_address="127.0.0.1",
-        logging_level="WARNING",
-        namespace="penstock",
+        **_QUIET,
     )
 
 

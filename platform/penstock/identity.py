@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from penstock.errors import SweepError
+
 # Part of every SAE's identity: raise it when the same settings no longer give the same SAE.
 FORMAT = 1
 
@@ -28,3 +30,12 @@ def code_hash() -> str:
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def check_code(expected: str) -> None:
+    """Raise `SweepError` when this process imports other source code than the driver does."""
+    if code_hash() != expected:
+        raise SweepError(
+            f"this process runs source code {code_hash()} and its driver runs {expected}: an older installation is in "
+            "the way on this node; submit with `penstock submit`, which ships the code, or update the image"
+        )

@@ -248,12 +248,10 @@ class Stream:
         state: StreamState,
         hosts: Sequence[Host],
         *,
-        log: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = state
         self._hosts = hosts
-        self._log = log
         self._clock = clock
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -319,6 +317,10 @@ class Stream:
         return mail, dict(self._cost), self.state.fatal
 
     # ---- inside ----
+
+    def _log(self, message: str) -> None:
+        print(message, flush=True)
+        self._mail.append({"kind": "log", "message": message})
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

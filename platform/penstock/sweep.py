@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class Driver:
         self._started = started
         self._allow_code_change = allow_code_change
         self._seconds: dict[str, float] = {}
-        self._hosts: list[Any] = []
+        self._hosts: dict[str, Any] = {}
         self._stream: Any = None
         self._own_ray = False
         self._tracker: Any = None
@@ -165,7 +166,7 @@ class Driver:
         if self._own_ray or self._hosts:
             import ray
 
-            for actor in [*self._hosts, *([self._stream] if self._stream else [])]:
+            for actor in [*self._hosts.values(), *([self._stream] if self._stream else [])]:
                 ray.kill(actor)
             ray.shutdown()
 
@@ -211,14 +212,14 @@ class Driver:
         )
 
     def _start_hosts(self) -> None:
-        from penstock.actors import HostActor, HostConfig
+        from penstock.actors import NAMESPACE, HostActor, HostConfig
 
         resources = self.spec.resources
         config = HostConfig(self.spec.model, self.spec.data, self.storage, resources.host_threads, code_hash())
-        self._hosts = [
-            HostActor.options(num_cpus=resources.cpus_per_host, num_gpus=resources.gpus_per_host).remote(config)
-            for _ in range(resources.model_hosts)
-        ]
+        for index in range(resources.model_hosts):
+            name = f"host-{uuid.uuid4().hex[:12]}-{index}"
+            options = {"num_cpus": resources.cpus_per_host, "num_gpus": resources.gpus_per_host}
+            self._hosts[name] = HostActor.options(name=name, namespace=NAMESPACE, **options).remote(config)
 
     def _calibration_folder(self) -> str:
         """Calibrations lie by what their block 0 was made from."""
@@ -286,12 +287,11 @@ class Driver:
             window=self.window,
             waves=tuple({pack.pack_id: pack.hook_points for pack in wave} for wave in waves(self.packs, self.slots)),
             cursors=cursors,
+            hosts=tuple(self._hosts),
             code=code_hash(),
         )
         try:
-            self._stream = StreamActor.options(name=f"sweep-{self.sweep_id}", namespace=NAMESPACE).remote(
-                config, self._hosts
-            )
+            self._stream = StreamActor.options(name=f"sweep-{self.sweep_id}", namespace=NAMESPACE).remote(config)
         except ValueError:
             raise SweepError(
                 f"sweep {self.spec.name} ({self.sweep_id}) is running on this cluster already; accepted: wait for it, "
@@ -353,16 +353,16 @@ class Driver:
         shown = time.time()
         while True:
             alive = trials.wait(0.5)
-            self._collect(trials)
+            self._collect()
             if time.time() - shown > STATUS_SECONDS and self._tokens_at:
                 shown = time.time()
                 self._show_progress()
             if not alive:
                 break
-        self._collect(trials)
+        self._collect()
         trials.check()
 
-    def _collect(self, trials: "_Trials") -> None:
+    def _collect(self) -> None:
         import ray
 
         try:
@@ -382,6 +382,10 @@ class Driver:
                     self._first_step = time.time() - self._started
                 at = f"step {event['step']}" if event["step"] else "its first step"
                 self.say(f"pack {event['pack_id']} is at {at}")
+            elif event["kind"] == "log":
+                self.say(event["message"])
+            elif event["kind"] == "fatal":
+                raise SweepError(event["reason"])
             elif event["kind"] == "stopped":
                 self.say(f"SAE {event['sae_id']} {event['status']}: {event['reason']}")
         for sae_id, new in rows.items():
@@ -454,7 +458,7 @@ class Driver:
         total, shown = len(todo), time.time()
         self.say(f"evaluating {sum(len(one.subjects) for one in running.values())} SAEs and baselines on "
                  f"{self.spec.data.report_tokens:,} tokens of the report split")  # fmt: skip
-        idle, asked = list(self._hosts), {}
+        idle, asked = list(self._hosts.values()), {}
         failures = 0
         while todo or asked:
             while todo and idle:

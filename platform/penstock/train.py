@@ -12,8 +12,8 @@ from safetensors.torch import load as load_tensors
 
 from penstock.activations import from_wire
 from penstock.batches import Schedule, batches, checkpoint_steps
-from penstock.errors import SweepError
-from penstock.identity import code_hash
+from penstock.errors import SweepError, UserError
+from penstock.identity import check_code
 from penstock.pack import Pack, PackMember
 from penstock.storage import Storage
 from sae_core import Calibration, TrainingSettings
@@ -78,8 +78,9 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, PackJob], stream: 
             return
         except Exception as error:  # the border of one pack
             fruitless = 0 if progress(job) > before else fruitless + 1
-            print(f"pack {job.pack_id}: its worker failed ({type(error).__name__}), "
-                  f"{fruitless} time(s) without progress")  # fmt: skip
+            client = StreamClient(stream, job.pack_id)
+            client.log(f"its worker failed ({error}), {fruitless} time(s) without progress")
+            client.flush(PAUSE_SECONDS)
             if fruitless >= TRIES_WITHOUT_PROGRESS:
                 raise
 
@@ -103,14 +104,21 @@ def _resources(job: PackJob) -> dict[str, float]:
 
 def train_pack(config: Mapping[str, Any]) -> None:
     """The Ray Train worker: resume, read blocks, train, checkpoint, export."""
+    job: PackJob = config["job"]
+    client = StreamClient(config["stream"], job.pack_id)
+    try:
+        check_code(job.code)
+        _train(job, client)
+    except UserError as error:  # trying again would not help: the driver ends the sweep
+        client.emit({"kind": "fatal", "reason": str(error)})
+    client.close()
+
+
+def _train(job: PackJob, client: "StreamClient") -> None:
     from ray import train
 
-    job: PackJob = config["job"]
-    if code_hash() != job.code:
-        raise SweepError(f"this worker runs source code {code_hash()}, its driver {job.code}: update this node's image")
     torch.set_num_threads(job.threads)
     device = "cuda" if job.gpus and torch.cuda.is_available() else "cpu"
-    client = StreamClient(config["stream"], job.pack_id)
     reached = progress(job)
     left = [member for member, steps in zip(job.members, reached, strict=True) if steps < job.training.steps]
     pack = Pack(
@@ -121,7 +129,7 @@ def train_pack(config: Mapping[str, Any]) -> None:
         device=device,
         micro_batch_tokens=job.micro_batch_tokens,
         emit=client.emit,
-        log=lambda message: print(f"pack {job.pack_id}: {message}", flush=True),
+        log=client.log,
         allow_code_change=job.allow_code_change,
     )
     save_after = set(checkpoint_steps(job.training.steps, job.checkpoints))
@@ -146,7 +154,6 @@ def train_pack(config: Mapping[str, Any]) -> None:
     client.flush(PAUSE_SECONDS)
     _check_attempt(job)
     pack.finish()
-    client.close()
 
 
 def _check_attempt(job: PackJob) -> None:
@@ -193,6 +200,11 @@ class StreamClient:
     def emit(self, event: dict[str, Any]) -> None:
         """Tell the driver something; sent with the next sign of life."""
         self._events.append(event)
+
+    def log(self, message: str) -> None:
+        """Say something where the user sees it."""
+        print(message, flush=True)
+        self.emit({"kind": "log", "message": f"pack {self._pack_id}: {message}"})
 
     def keep_alive(self) -> None:
         """Send what was emitted, about once a second."""
