@@ -34,9 +34,9 @@ def _top_k_mask_by_index(ranks: Tensor, k: int) -> Tensor:
     return torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, index, True) & (ranks > 0)
 
 
-def topk(pre_acts: Tensor, k: int, ranks: Tensor | None = None) -> Tensor:
-    """ReLU of the k entries of each row [..., F] with the largest rank (by default their own value), 0 elsewhere."""
-    return torch.relu(pre_acts) * top_k_mask(pre_acts if ranks is None else ranks, k)
+def topk(pre_acts: Tensor, k: int) -> Tensor:
+    """The k largest entries of each row [..., F] where they are positive, 0 elsewhere."""
+    return torch.relu(pre_acts) * top_k_mask(pre_acts, k)
 
 
 def jumprelu(pre_acts: Tensor, threshold: Tensor) -> Tensor:

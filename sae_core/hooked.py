@@ -50,8 +50,12 @@ class Rerun:
         def keep(activation: Tensor, hook: Any) -> None:
             seen["activation"] = activation.detach()
 
-        with self._residual_at_input(seen):
-            logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(self.hook_point, keep)])
+        try:
+            with self._residual_at_input(seen):
+                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(self.hook_point, keep)])
+        except KeyError as error:  # HookedTransformer; the bridge says nothing and calls no hook
+            if error.args != (self.hook_point,):
+                raise
         if "activation" not in seen:
             raise ConfigError(f"hook point {self.hook_point!r}: the model has none of this name")
         self.tokens, self.residual, self.as_tuple = tokens, seen["residual"], seen["as_tuple"]

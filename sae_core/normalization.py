@@ -1,5 +1,6 @@
 """Calibration: one pass over a block of activations, in float64, from which scale, b_dec and the PCA baseline come."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 
@@ -78,8 +79,10 @@ def calibrate(x: np.ndarray | Tensor) -> Calibration:
     return Calibration(scale, mean.float(), (covariance / n_tokens).float(), n_tokens)
 
 
-def _chunks(x: np.ndarray | Tensor):
+def _chunks(x: np.ndarray | Tensor) -> Iterator[Tensor]:
     for start in range(0, x.shape[0], CHUNK_TOKENS):
         part = x[start : start + CHUNK_TOKENS]
-        # astype copies, so that a read-only array never becomes a writable tensor
-        yield torch.from_numpy(part.astype(np.float64)) if isinstance(part, np.ndarray) else part.detach().cpu().double()
+        if isinstance(part, np.ndarray):  # astype copies, so that a read-only array never becomes a writable tensor
+            yield torch.from_numpy(part.astype(np.float64))
+        else:
+            yield part.detach().cpu().double()

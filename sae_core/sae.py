@@ -142,6 +142,7 @@ class TrainableSAE(SAE):
 
     settings_type: ClassVar[type[SAESettings]]
     decoder_norm_at_start: ClassVar[float] = 0.1
+    revives_dead: ClassVar[bool] = False  # whether the loss treats dead latents apart
 
     @abstractmethod
     def accumulate_gradients(self, x: Tensor, gradients: Mapping[str, Tensor], context: StepContext) -> StepTerms:
@@ -154,7 +155,8 @@ class TrainableSAE(SAE):
 def add_affine_gradients(
     gradients: Mapping[str, Tensor], active: Active, d_pre: Tensor, x_centred: Tensor, W_enc: Tensor
 ) -> Tensor:
-    """Gradients of pre = (x - b_dec) W_enc + bias, given d_pre (values): adds to W_enc and b_dec, returns the bias's."""
+    """Add the gradients of pre = (x - b_dec) W_enc + bias, given d_pre (values), for W_enc and b_dec; return the
+    bias's."""
     gradients["W_enc"].T.add_(active.latent_sums(d_pre, x_centred))
     d_bias = active.per_latent(d_pre)
     gradients["b_dec"].sub_(W_enc @ d_bias)

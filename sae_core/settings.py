@@ -99,7 +99,8 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any]) -> str:
         return f"{field} is missing: {_accepted(model, field)}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    return f"{field} is {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}; accepted: {_accepted(model, field)}"
+    reason = item["msg"][0].lower() + item["msg"][1:]
+    return f"{field} is {item['input']!r}: {reason}; accepted: {_accepted(model, field)}"
 
 
 def _accepted(model: type[BaseModel], field: str) -> str:
@@ -107,7 +108,9 @@ def _accepted(model: type[BaseModel], field: str) -> str:
     if info is None:
         return "see the documentation"
     kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
-    limits = [f"{sign} {getattr(rule, name)}" for rule in info.metadata for name, sign in _LIMITS if hasattr(rule, name)]
+    limits = [
+        f"{sign} {getattr(rule, name)}" for rule in info.metadata for name, sign in _LIMITS if hasattr(rule, name)
+    ]
     return " ".join([kind, " and ".join(limits)]).strip()
 
 

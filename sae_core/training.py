@@ -5,6 +5,7 @@ its settings, the calibration and the batches alone.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from sae_core.settings import SAESettings, TrainingSettings
 
 # A reconstruction this many times worse than that of a vector of zeros will not come back.
 DIVERGED_AT = 1000.0
-COUNTERS = ("tokens_since_fired", "fired_recently", "fired_before", "window_tokens", "progress", "diverged")
 
 
 class SAETrainer:
@@ -44,10 +44,6 @@ class SAETrainer:
         self.device = torch.device(device)
         self.micro_batch_tokens = micro_batch_tokens
         self.d_in = calibration.d_in
-        self._steps_done = 0
-        self._tokens_seen = 0
-        self._window_tokens = [0, 0]  # of fired_recently, of fired_before
-        self._dead_possible = False
         self._build(_initial_weights(settings, calibration))
 
     def _build(self, start: dict[str, Tensor]) -> None:
@@ -80,25 +76,22 @@ class SAETrainer:
         self._adam_step = torch.zeros((), device=self.device)
         self._adam.state[parameter] = {"step": self._adam_step, **self._moments}
 
-        d_sae = self.settings.d_sae
-        self._tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=self.device)
-        self._fired_recently = torch.zeros(d_sae, dtype=torch.int64, device=self.device)
-        self._fired_before = torch.zeros(d_sae, dtype=torch.int64, device=self.device)
-        self._diverged = torch.zeros((), dtype=torch.bool, device=self.device)
+        counts = [torch.zeros(self.settings.d_sae, dtype=torch.int64, device=self.device) for _ in range(3)]
+        self._counters = _Counters(*counts, diverged=torch.zeros((), dtype=torch.bool, device=self.device))
         self._worst_square = DIVERGED_AT * self.calibration.mean_square_norm * self.calibration.scale**2
 
     @property
     def steps_done(self) -> int:
-        return self._steps_done
+        return self._counters.progress[0]
 
     @property
     def tokens_seen(self) -> int:
-        return self._tokens_seen
+        return self._counters.progress[1]
 
     @property
     def diverged(self) -> bool:
         """True once a loss was not finite, or a reconstruction error above 1000 E||x||^2. Waits for the device."""
-        return bool(self._diverged)
+        return bool(self._counters.diverged)
 
     @torch.no_grad()
     def train_step(self, x: Tensor, *, want_metrics: bool = False) -> dict[str, float] | None:
@@ -111,30 +104,28 @@ class SAETrainer:
         if x.ndim != 2 or x.shape[1] != self.d_in or x.shape[0] == 0:
             raise ConfigError(f"a batch has shape {list(x.shape)}; accepted: [tokens, d_in] with d_in {self.d_in}")
         n_tokens = x.shape[0]
-        dead = self._tokens_since_fired >= self.training.dead_after_tokens if self._dead_possible else None
-        if dead is not None and not bool(dead.any()):
-            dead = None
-        context = StepContext(n_tokens, self.settings.coefficient_at(self._steps_done), dead)
+        context = StepContext(n_tokens, self.settings.coefficient_at(self.steps_done), self._dead())
         self._gradient.zero_()
         total = _Totals(want_metrics)
         for micro_batch in x.split(self.micro_batch_tokens or n_tokens):
             x_normalised = micro_batch.to(self.device, torch.float32) * self.calibration.scale
             total.add(x_normalised, self.sae.accumulate_gradients(x_normalised, self._gradients, context))
         norm = self._clip()
-        diverged = self._diverged | ~torch.isfinite(total.loss)
-        diverged = diverged | (total.squared_error > self._worst_square * n_tokens)
-        fired = total.fired.to(torch.int64)
-        since_fired = torch.where(fired > 0, 0, self._tokens_since_fired + n_tokens)
-
-        lr = (self.settings.lr or self.training.lr) * lr_factor(self._steps_done, self.training)
+        lr = (self.settings.lr or self.training.lr) * lr_factor(self.steps_done, self.training)
+        # All that takes memory comes before the optimiser step: what raises there can be repeated.
+        counters = self._counters_after(total, n_tokens)
+        metrics = self._metrics(total, counters, n_tokens, norm, lr, context.coefficient) if want_metrics else None
         self._adam.param_groups[0]["lr"] = lr
         self._adam.step()
-        self._diverged = diverged
-        self._tokens_since_fired = since_fired
-        self._count(fired, n_tokens)
-        self._steps_done += 1
-        self._tokens_seen += n_tokens
-        return self._metrics(total, n_tokens, norm, lr, context.coefficient) if want_metrics else None
+        self._counters = counters
+        return metrics
+
+    def _dead(self) -> Tensor | None:
+        """[d_sae] bool for architectures that treat dead latents apart, or None if there are none."""
+        if not self.sae.revives_dead or self.tokens_seen < self.training.dead_after_tokens:
+            return None
+        dead = self._counters.tokens_since_fired >= self.training.dead_after_tokens
+        return dead if bool(dead.any()) else None
 
     def _clip(self) -> Tensor:
         norm = self._gradient.norm()
@@ -142,23 +133,39 @@ class SAETrainer:
             self._gradient.mul_((self.training.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _count(self, fired: Tensor, n_tokens: int) -> None:
-        """Firing counts over two adjoining windows of dead_after_tokens tokens: rates are over one to two of them."""
-        self._fired_recently = self._fired_recently + fired
-        self._window_tokens[0] += n_tokens
-        self._dead_possible = self._dead_possible or self._tokens_seen + n_tokens >= self.training.dead_after_tokens
-        if self._window_tokens[0] >= self.training.dead_after_tokens:
-            self._fired_before, self._fired_recently = self._fired_recently, torch.zeros_like(self._fired_recently)
-            self._window_tokens = [0, self._window_tokens[0]]
+    def _counters_after(self, total: "_Totals", n_tokens: int) -> "_Counters":
+        now = self._counters
+        fired = total.fired.to(torch.int64)
+        recently, before, in_recently, in_before = now.fired_recently + fired, now.fired_before, *now.window_tokens
+        in_recently += n_tokens
+        if in_recently >= self.training.dead_after_tokens:
+            recently, before, in_recently, in_before = torch.zeros_like(recently), recently, 0, in_recently
+        diverged = now.diverged | ~torch.isfinite(total.loss)
+        return _Counters(
+            tokens_since_fired=torch.where(fired > 0, 0, now.tokens_since_fired + n_tokens),
+            fired_recently=recently,
+            fired_before=before,
+            diverged=diverged | (total.squared_error > self._worst_square * n_tokens),
+            window_tokens=(in_recently, in_before),
+            progress=(self.steps_done + 1, self.tokens_seen + n_tokens),
+        )
 
-    def _metrics(self, total: "_Totals", n_tokens: int, norm: Tensor, lr: float, coefficient: float) -> dict[str, float]:
+    def _metrics(
+        self,
+        total: "_Totals",
+        counters: "_Counters",
+        n_tokens: int,
+        norm: Tensor,
+        lr: float,
+        coefficient: float,
+    ) -> dict[str, float]:
         mean_square = total.square_x / n_tokens - (total.sum_x / n_tokens).square().sum()
         metrics = {
             "loss": float(total.loss),
             "mse": float(total.squared_error) / n_tokens / self.calibration.scale**2,
             "l0": float(total.active) / n_tokens,
             "explained_variance": float(1 - total.squared_error.double() / n_tokens / mean_square),
-            "dead_fraction": float((self._tokens_since_fired >= self.training.dead_after_tokens).double().mean()),
+            "dead_fraction": float((counters.tokens_since_fired >= self.training.dead_after_tokens).double().mean()),
             "grad_norm": float(norm),
             "lr": lr,
         }
@@ -171,14 +178,7 @@ class SAETrainer:
         tensors = {f"weights.{name}": tensor for name, tensor in self.sae.named_parameters()}
         for key, views in self._moment_views.items():
             tensors |= {f"adam.{key}.{name}": tensor for name, tensor in views.items()}
-        tensors |= {
-            "counters.tokens_since_fired": self._tokens_since_fired,
-            "counters.fired_recently": self._fired_recently,
-            "counters.fired_before": self._fired_before,
-            "counters.window_tokens": torch.tensor(self._window_tokens),
-            "counters.progress": torch.tensor([self._steps_done, self._tokens_seen]),
-            "counters.diverged": self._diverged,
-        }
+        tensors |= {f"counters.{name}": torch.as_tensor(value) for name, value in vars(self._counters).items()}
         # clone, too: .cpu() and .contiguous() return the tensor itself where nothing is to do
         return {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -207,15 +207,11 @@ class SAETrainer:
         for key, views in self._moment_views.items():
             for name, view in views.items():
                 view.copy_(tensors[f"adam.{key}.{name}"])
-        counters = {name: tensors[f"counters.{name}"].to(self.device).clone() for name in COUNTERS}
-        self._tokens_since_fired = counters["tokens_since_fired"]
-        self._fired_recently = counters["fired_recently"]
-        self._fired_before = counters["fired_before"]
-        self._diverged = counters["diverged"]
-        self._window_tokens = counters["window_tokens"].tolist()
-        self._steps_done, self._tokens_seen = counters["progress"].tolist()
-        self._dead_possible = self._tokens_seen >= self.training.dead_after_tokens
-        self._adam_step.fill_(self._steps_done)
+        given = {name: tensors[f"counters.{name}"].to(self.device).clone() for name in vars(self._counters)}
+        for name in ("window_tokens", "progress"):
+            given[name] = tuple(given[name].tolist())
+        self._counters = _Counters(**given)
+        self._adam_step.fill_(self.steps_done)
 
     def export(self, metadata: Mapping[str, Any] = {}) -> SAE:
         """The SAE as it is used: on raw activations, with unit decoder rows. `metadata` is added to what the
@@ -230,8 +226,21 @@ class SAETrainer:
 
     def sparsity(self) -> Tensor:
         """log10(firing rate + 1e-10) [d_sae], float32 on CPU, over the last one to two dead_after_tokens tokens."""
-        counts = (self._fired_recently + self._fired_before).double().cpu()
-        return torch.log10(counts / max(sum(self._window_tokens), 1) + 1e-10).float()
+        counts = (self._counters.fired_recently + self._counters.fired_before).double().cpu()
+        return torch.log10(counts / max(sum(self._counters.window_tokens), 1) + 1e-10).float()
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """What a trainer counts; a step replaces it whole. Firing is counted in two adjoining windows of
+    dead_after_tokens tokens, so that rates are over one to two of them."""
+
+    tokens_since_fired: Tensor  # [d_sae] int64, as the next two
+    fired_recently: Tensor
+    fired_before: Tensor
+    diverged: Tensor  # bool
+    window_tokens: tuple[int, int] = (0, 0)  # in fired_recently, in fired_before
+    progress: tuple[int, int] = (0, 0)  # steps, tokens
 
 
 class _Totals:
@@ -261,7 +270,8 @@ def _initial_weights(settings: SAESettings, calibration: Calibration) -> dict[st
     torch.nn.init.kaiming_uniform_(W_dec, generator=generator)
     norm = 1.0 if settings.frozen_decoder else architecture.decoder_norm_at_start
     W_dec = W_dec / W_dec.norm(dim=1, keepdim=True) * norm
-    weights = {name: torch.zeros(shape) for name, shape in architecture.shapes(calibration.d_in, settings.d_sae).items()}
+    shapes = architecture.shapes(calibration.d_in, settings.d_sae)
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
     # W_enc stays a transposed view: its gradient is made of rows [d_sae, d_in]
     weights |= {"W_dec": W_dec, "W_enc": W_dec.T, "b_dec": calibration.mean.float() * calibration.scale}
     return weights

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from sae_core.functional import aux_k_scale, top_k_mask
+from sae_core.functional import aux_k_scale, top_k_mask, topk
 from sae_core.kernels import DenseActive, select_active
 from sae_core.sae import StepContext, StepTerms, TrainableSAE, add_affine_gradients
 from sae_core.settings import SAESettings
@@ -46,13 +47,16 @@ class TopKSAE(TrainableSAE):
     settings_type = TopKSettings
     # Unit rows as in the paper, not 0.1: without an L1 penalty nothing is gained by starting small.
     decoder_norm_at_start = 1.0
+    revives_dead = True
     b_enc: Tensor
 
     def encode(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_sae]; times the decoder norms where they decide the ranking, as SAELens has it."""
         pre = self.centre(x) @ self.W_enc + self.b_enc
-        if not self.cfg.rescale_acts_by_decoder_norm:
-            return torch.relu(pre) * top_k_mask(pre, self.cfg.k)
-        return torch.relu(pre) * top_k_mask(pre * self.W_dec.norm(dim=1), self.cfg.k)
+        return topk(pre * self.W_dec.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else pre, self.cfg.k)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ (normalize(self.W_dec, dim=1) if self.cfg.rescale_acts_by_decoder_norm else self.W_dec) + self.b_dec
 
     def accumulate_gradients(self, x: Tensor, gradients: Mapping[str, Tensor], context: StepContext) -> StepTerms:
         x_centred = x - self.b_dec

@@ -79,7 +79,8 @@ def test_a_closed_gate_wins_over_a_positive_magnitude():
 def test_topk_ranks_by_decoder_norm():
     # pre-activations 3 and 4: with norms 2 and 1 the first wins (6 > 4), without norms the second
     x = torch.tensor([[3.0, 4.0]])
-    assert make(TopKSAE, "topk", k=1, rescale_acts_by_decoder_norm=True).encode(x).tolist() == [[3.0, 0.0]]
+    assert make(TopKSAE, "topk", k=1, rescale_acts_by_decoder_norm=True).encode(x).tolist() == [[6.0, 0.0]]
+    assert make(TopKSAE, "topk", k=1, rescale_acts_by_decoder_norm=True)(x).tolist() == [[6.0, 0.0]]
     assert make(TopKSAE, "topk", k=1).encode(x).tolist() == [[0.0, 4.0]]
 
 

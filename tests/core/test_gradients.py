@@ -83,7 +83,7 @@ def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, pat
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_dense_and_sparse_steps_agree_in_training(architecture, data, training, monkeypatch):
-    from conftest import SETTINGS
+    from sae_cases import SETTINGS
 
     from sae_core import SAETrainer
 

@@ -1,8 +1,8 @@
-"""What every architecture must do. A new one gets its settings in conftest.SETTINGS and must pass all of this."""
+"""What every architecture must do. A new one gets its settings in sae_cases.SETTINGS and must pass all of this."""
 
 import pytest
 import torch
-from conftest import SETTINGS, make_data
+from sae_cases import SETTINGS, make_data
 from torch.nn.functional import normalize
 
 from sae_core import ARCHITECTURES, SAE, CheckpointError, ConfigError, SAETrainer, TrainingSettings, parse_settings
@@ -195,7 +195,9 @@ def test_export_is_the_trained_function_on_raw_activations(trainer, data):
     sae = trainer.export({"hook_name": "blocks.0.hook_resid_post"})
     torch.testing.assert_close(sae(x), trainer.sae(x * scale) / scale, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
-    strength = trainer.sae.W_dec.norm(dim=1) / scale
+    # a latent's activation is the length it adds, in raw units; ranked by decoder norms it is that already
+    norms = 1 if trainer.sae.cfg.rescale_acts_by_decoder_norm else trainer.sae.W_dec.norm(dim=1)
+    strength = norms / scale
     torch.testing.assert_close(sae.encode(x), trainer.sae.encode(x * scale) * strength, rtol=1e-4, atol=1e-5)
     assert sae.cfg.metadata["hook_name"] == "blocks.0.hook_resid_post"
     assert sae.cfg.metadata["sae_settings"] == trainer.settings.model_dump(mode="json")

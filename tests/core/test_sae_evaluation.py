@@ -139,6 +139,8 @@ def test_hooked_transformer_gives_the_reference_for_every_hook_point(tokens, kep
         ce = cross_entropy(logits[:, :-1][kept[:, :-1]], tokens[:, 1:][kept[:, :-1]]).item()
         result = evaluate_rows(model, {"b": basis}, hook_point, tokens, kept, rows_per_forward=5)["b"].metrics()
         assert result["ce_sae"] == pytest.approx(ce, rel=1e-4), hook_point
+    with pytest.raises(ConfigError, match="none of this name"):
+        evaluate_rows(model, {}, "blocks.1.hook_nothing", tokens, kept, rows_per_forward=5)
 
 
 @pytest.mark.parametrize("hook_point", HOOK_POINTS)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import SETTINGS
+from sae_cases import SETTINGS
 from safetensors.torch import load_file, save_file
 
 from sae_core import SAE, CheckpointError, SAETrainer, parse_settings

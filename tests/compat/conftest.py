@@ -1,0 +1,25 @@
+import warnings
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random GPT-2 of 3 layers, loaded from a Hugging Face folder as users load theirs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        folder = tmp_path_factory.mktemp("tiny-gpt2")
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            config = GPT2Config(
+                n_layer=3, n_embd=32, n_head=4, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0
+            )
+            network = GPT2LMHeadModel(config)
+            for parameter in network.parameters():  # the usual start is too small for layers to matter
+                parameter.data.mul_(4) if parameter.ndim == 2 else None
+            network.save_pretrained(folder)
+        return TransformerBridge.boot_transformers(str(folder), device="cpu")

@@ -1,0 +1,176 @@
+"""Against the released sae_lens package: folders in both directions, and evaluation metrics."""
+
+import warnings
+
+import pytest
+import torch
+
+from sae_core import SAE, SAETrainer, TrainingSettings, calibrate, evaluate_rows, parse_settings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    sae_lens = pytest.importorskip("sae_lens", reason="sae_lens is not installed (extra `compat`)")
+
+pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("ignore")]
+
+D_IN, D_SAE = 16, 40
+SETTINGS = {
+    "standard": {"architecture": "standard", "d_sae": D_SAE, "l1_coefficient": 0.3},
+    "gated": {"architecture": "gated", "d_sae": D_SAE, "l1_coefficient": 0.3},
+    "topk": {"architecture": "topk", "d_sae": D_SAE, "k": 5},
+}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def activations(tokens: int = 600, d_in: int = D_IN) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, d_in, generator=generator) @ torch.randn(d_in, d_in, generator=generator) + 0.5
+
+
+def train(settings: dict, x: torch.Tensor) -> SAETrainer:
+    training = TrainingSettings(steps=60, batch_tokens=64, lr=3e-3, dead_after_tokens=500)
+    trainer = SAETrainer(parse_settings(settings), training, calibrate(x))
+    for step in range(training.steps):
+        start = step * 64 % (len(x) - 64)
+        trainer.train_step(x[start : start + 64])
+    return trainer
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("architecture", sorted(SETTINGS))
+def test_our_folders_load_in_sae_lens(architecture, frozen, tmp_path):
+    x = activations()
+    trainer = train({**SETTINGS[architecture], "frozen_decoder": frozen}, x)
+    metadata = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "context_size": 128, "prepend_bos": True}
+    ours = trainer.export(metadata)
+    ours.save(tmp_path, sparsity=trainer.sparsity())
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.architecture() == architecture
+    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    assert theirs.cfg.metadata.context_size == 128
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x), **CLOSE)
+        torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
+        before = theirs(x)
+        theirs.fold_W_dec_norm()
+        torch.testing.assert_close(theirs(x), before, **CLOSE)
+
+
+def random_theirs(name: str, **config):
+    cls, config_cls = {
+        "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig),
+        "gated": (sae_lens.GatedSAE, sae_lens.GatedSAEConfig),
+        "topk": (sae_lens.TopKSAE, sae_lens.TopKSAEConfig),
+        "jumprelu": (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig),
+    }[name]
+    theirs = cls(config_cls(d_in=D_IN, d_sae=D_SAE, **config))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    theirs.cfg.metadata.hook_name = "blocks.0.hook_mlp_out"
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("standard", {}),
+        ("standard", {"apply_b_dec_to_input": False}),
+        ("gated", {}),
+        ("topk", {"k": 7}),
+        ("topk", {"k": 7, "rescale_acts_by_decoder_norm": True}),
+        ("jumprelu", {}),
+    ],
+)
+def test_their_folders_load_in_ours(name, config, tmp_path):
+    theirs = random_theirs(name, **config)
+    theirs.save_model(tmp_path)
+    ours = SAE.load(tmp_path)
+    assert ours.cfg.architecture == name
+    assert ours.cfg.metadata["hook_name"] == "blocks.0.hook_mlp_out"
+    x = activations()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x), **CLOSE)
+        torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
+
+
+def test_a_rescaled_topk_sae_survives_the_way_there_and_back(tmp_path):
+    random_theirs("topk", k=7, rescale_acts_by_decoder_norm=True).save_model(tmp_path / "theirs")
+    ours = SAE.load(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    x = activations()
+    with torch.no_grad():
+        theirs = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+        torch.testing.assert_close(theirs.encode(x), ours.encode(x), **CLOSE)
+
+
+class Rows:
+    """The part of sae_lens' activation store that its evaluation reads: the same rows each time."""
+
+    store_batch_size_prompts = 6
+    context_size = 16
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+
+    def get_batch_tokens(self, batch_size: int) -> torch.Tensor:
+        return self.tokens[:batch_size]
+
+    def reset_input_dataset(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("excluded", [[], [3, 4, 5, 6, 7]])
+@pytest.mark.parametrize(
+    "hook_point",
+    ["blocks.1.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out", "blocks.1.attn.hook_z"],
+)
+@pytest.mark.parametrize("architecture", sorted(SETTINGS))
+def test_evaluation_equals_run_evals(tiny_model, architecture, hook_point, excluded, tmp_path):
+    from sae_lens.evals import get_eval_everything_config
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    tokens = torch.randint(0, 50, (6, 16), generator=torch.Generator().manual_seed(1))
+    kept = ~torch.isin(tokens, torch.tensor(excluded))
+    seen = []
+    hook = (hook_point, lambda activation, hook: seen.append(activation.detach().reshape(6, 16, -1)))
+    with torch.no_grad():
+        tiny_model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[hook])
+    trainer = train(SETTINGS[architecture], seen[0][kept].repeat(3, 1))
+    trainer.export({"hook_name": hook_point, "model_name": "tiny"}).save(tmp_path)
+    ours = evaluate_rows(
+        tiny_model, {"sae": SAE.load(tmp_path)}, hook_point, tokens, kept, rows_per_forward=4
+    )["sae"].metrics()
+
+    everything, features = sae_lens.run_evals(
+        sae_lens.SAE.load_from_disk(tmp_path),
+        Rows(tokens),
+        tiny_model,
+        ActivationScaler(),
+        get_eval_everything_config(batch_size_prompts=6, n_eval_reconstruction_batches=1),
+        exclude_special_tokens=excluded,
+    )
+    theirs = {name: value for group in everything.values() for name, value in group.items()}
+    names = {
+        "ce_recovered": "ce_loss_score",
+        "ce_clean": "ce_loss_without_sae",
+        "ce_ablated": "ce_loss_with_ablation",
+        "ce_sae": "ce_loss_with_sae",
+        "kl_recovered": "kl_div_score",
+        "kl_sae": "kl_div_with_sae",
+        "kl_ablated": "kl_div_with_ablation",
+        "explained_variance": "explained_variance",
+        "mse": "mse",
+        "cosine": "cossim",
+        "l2_ratio": "l2_ratio",
+        "relative_reconstruction_bias": "relative_reconstruction_bias",
+        "l0": "l0",
+        "l1": "l1",
+    }
+    expected = {name: theirs[theirs_name] for name, theirs_name in names.items()}
+    expected["dead_fraction"] = sum(density == 0 for density in features["feature_density"]) / D_SAE
+    expected["n_tokens"] = int(kept.sum())
+    # their means are in float32: where ablation changes little, the last digits of CE are much of the ratio
+    ratio_error = 1e-5 / abs(theirs["ce_loss_with_ablation"] - theirs["ce_loss_without_sae"])
+    assert ours.pop("ce_recovered") == pytest.approx(expected.pop("ce_recovered"), abs=ratio_error)
+    assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
