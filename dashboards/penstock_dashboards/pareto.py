@@ -5,6 +5,7 @@ colour-blind readers tell apart); a filled marker is on the front of its hook po
 that an SAE has to beat.
 """
 
+import contextlib
 import html
 import importlib.resources
 import math
@@ -189,7 +190,7 @@ def _draw_legend(figure: Any, points: pd.DataFrame, baselines: pd.DataFrame, l0_
         for kind, _ in _by_kind(baselines)
     ]
     if l0_band is not None:
-        others.append(Patch(color=_BAND, label=f"L0 {l0_band[0]:g} to {l0_band[1]:g}"))
+        others.append(Patch(color=_BAND, label=_band_text(l0_band)))
     for handles, inches in ((saes, 0.32), (others, 0.06)):
         figure.legend(handles=handles, loc="lower center", ncols=max(len(handles), 1), frameon=False, fontsize=9,
                       labelcolor=_INK, handlelength=2.4, columnspacing=1.6, borderpad=0.2,
@@ -235,7 +236,8 @@ def _write_whole(path: Path, page: str) -> Path:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise SweepError(f"{str(path)!r} cannot be written: {error}") from None
     return path
 
@@ -332,7 +334,8 @@ def _table_html(table: pd.DataFrame) -> str:
     status = ["status"] if "status" in table else []
     columns = ["hook_point", "architecture", *settings, *figures, *measured, *status, "sae_id"]
     labels = {name: label for name, (label, _) in _FIGURES.items()}
-    numeric = {name for name in columns if pd.api.types.is_numeric_dtype(table[name])}
+    numeric = {name for name in columns
+               if pd.api.types.is_numeric_dtype(table[name]) and not pd.api.types.is_bool_dtype(table[name])}  # fmt: skip
     head = "".join(f'<th{" class=number" if name in numeric else ""}>{html.escape(labels.get(name, name))}</th>'
                    for name in columns)  # fmt: skip
     ordered = table.sort_values(["hook_point", "l0"], kind="stable").to_dict("records")
@@ -402,6 +405,13 @@ def _baseline_points(baselines: pd.DataFrame) -> pd.DataFrame:
 def _lead(points: pd.DataFrame) -> str:
     count, on_front = len(points), int(points["on_front"].sum())
     return f"{count} SAEs, {on_front} on the front of their hook point; up and to the left is better"
+
+
+def _band_text(l0_band: Band) -> str:
+    low, high = l0_band
+    if math.isinf(high):
+        return f"L0 of {low:g} or more"
+    return f"L0 {low:g} to {high:g}" if low > 0 else f"L0 up to {high:g}"
 
 
 def _at(rows: pd.DataFrame, hook_point: str) -> pd.DataFrame:

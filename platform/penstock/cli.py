@@ -191,7 +191,7 @@ def _ui(arguments: argparse.Namespace, home: Home) -> int:
         return 0
     if not has_database(home):
         raise SweepError(f"{home.path} holds no sweeps yet; `penstock run SPEC` makes one, --home names another place")
-    port = arguments.port or _free_port()
+    port = _free_port(arguments.port or 0)
     with tempfile.TemporaryFile() as log, _terminated_as_interrupt(), _mlflow_server(home, port, log) as server:
         _wait_until_served(server, port, log)
         print(f"MLflow UI: http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
@@ -239,9 +239,14 @@ def _tail(log: Any) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def _free_port() -> int:
+def _free_port(wanted: int) -> int:
+    """`wanted`, or any free port for 0. Raises `SweepError` when it cannot be had."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", wanted))
+        except (OSError, OverflowError) as error:
+            raise SweepError(f"port {wanted} cannot be used: {error}; leave --port out for a free one") from None
         return int(listener.getsockname()[1])
 
 

@@ -22,9 +22,9 @@ from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep,
 if TYPE_CHECKING:
     from sae_core import SAE
 
-WEIGHTS = ("cfg.json", "sae_weights.safetensors")
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 PROVENANCE = "penstock.json"
-_OURS = {*WEIGHTS, "sparsity.safetensors", PROVENANCE}
+_OURS = {CONFIG, WEIGHTS, SPARSITY, PROVENANCE}
 
 
 def front(
@@ -82,15 +82,21 @@ def pull(
     where, folder = _home(home), Path(to)
     _check_target(folder)
     runs, row = _pick(where, sweep, hook_point, architecture, l0)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"cannot pull to {str(folder)!r}: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as temporary:
         fetched = _fetch(where, row, Path(temporary))
+        # The provenance first, so that the folder is known as ours, and cfg.json last, without which none loads: an
+        # interrupted pull can be repeated, and never leaves one SAE's configuration beside another's weights.
+        (folder / CONFIG).unlink(missing_ok=True)
+        (folder / PROVENANCE).write_text(json.dumps(_provenance(runs, row), indent=1) + "\n", encoding="utf-8")
         names = {path.name for path in fetched.iterdir()}
-        for stale in _OURS - names:
+        for stale in _OURS - names - {PROVENANCE}:
             (folder / stale).unlink(missing_ok=True)
-        for name in sorted(names):
+        for name in sorted(names, key=lambda name: name == CONFIG):
             os.replace(fetched / name, folder / name)
-    (folder / PROVENANCE).write_text(json.dumps(_provenance(runs, row), indent=1) + "\n", encoding="utf-8")
     return folder
 
 
@@ -107,7 +113,7 @@ def _pick(
 
 def _fetch(home: Home, row: pd.Series, to: Path) -> Path:
     folder = fetch_artifact(home, row["run_id"], SAE_FOLDER, to)
-    missing = [name for name in WEIGHTS if folder is None or not (folder / name).is_file()]
+    missing = [name for name in (CONFIG, WEIGHTS) if folder is None or not (folder / name).is_file()]
     if folder is None or missing:
         raise CheckpointError(f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']}) lacks {', '.join(missing)}")
     return folder
