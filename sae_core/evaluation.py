@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from sae_core.errors import ConfigError
-from sae_core.functional import cosine, kl_divergence, l2_ratio, squared_error
+from sae_core.functional import cosine, l2_ratio, squared_error
 from sae_core.hooked import Rerun
 
 
@@ -160,22 +160,29 @@ def _reconstruct(sae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Behaviour:
-    """The clean model's predictions at the kept positions, to compare others with. Sums in float64."""
+    """The clean model's predictions, to compare others with. Sums over kept positions, in float64."""
 
     def __init__(self, logits: Tensor, rows: Tensor, keep: Tensor):
         self.keep = keep
-        has_next = torch.ones_like(keep)
-        has_next[:, -1] = False
-        self.has_next = has_next[keep]
-        self.targets = rows.roll(-1, dims=1)[keep][self.has_next].long()
-        self.n_predictions = len(self.targets)
-        self.log_p = log_softmax(logits[keep].float(), dim=-1)
-        self.ce_clean = self._cross_entropy(self.log_p)
+        self.has_next = keep.clone()
+        self.has_next[:, -1] = False
+        self.n_predictions = int(self.has_next.sum())
+        self.targets = rows.roll(-1, dims=1).long()[..., None]
+        log_p = log_softmax(logits.float(), dim=-1)
+        self.p = log_p.exp()
+        self.negative_entropy = _dot(self.p, log_p)
+        self.ce_clean = self._cross_entropy(log_p)
 
     def _cross_entropy(self, log_q: Tensor) -> Tensor:
-        return -log_q[self.has_next].gather(1, self.targets[:, None]).sum(dtype=torch.float64)
+        return -log_q.gather(-1, self.targets)[..., 0][self.has_next].sum(dtype=torch.float64)
 
     def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of CE, sum of KL(clean || other))."""
-        log_q = log_softmax(logits[self.keep].float(), dim=-1)
-        return self._cross_entropy(log_q), kl_divergence(self.log_p, log_q).sum(dtype=torch.float64)
+        """(sum of CE, sum of KL(clean || other)); the clean part of the KL is not computed again."""
+        log_q = log_softmax(logits.float(), dim=-1)
+        kl = (self.negative_entropy - _dot(self.p, log_q))[self.keep]
+        return self._cross_entropy(log_q), kl.sum(dtype=torch.float64)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over the last axis of a * b, without the product in memory."""
+    return torch.einsum("rcv,rcv->rc", a, b)

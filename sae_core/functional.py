@@ -74,8 +74,3 @@ def l2_ratio(x: Tensor, x_hat: Tensor) -> Tensor:
     """||x_hat|| / ||x|| of each row: [..., D] -> [...]; ||x_hat|| where ||x|| is below 1e-4, as SAELens has it."""
     norms = x.norm(dim=-1)
     return x_hat.norm(dim=-1) / torch.where(norms < 1e-4, torch.ones_like(norms), norms)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats over the last axis, from log-probabilities [..., V]."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -13,7 +13,6 @@ from sae_core.functional import (
     cosine,
     explained_variance,
     jumprelu,
-    kl_divergence,
     l2_ratio,
     squared_error,
     top_k_mask,
@@ -144,12 +143,6 @@ def test_errors_and_ratios():
     assert l2_ratio(x, x_hat).tolist() == pytest.approx([0.6, 2.0])
     # E||x||^2 = 12.5, ||E x||^2 = 6.25, E||x - x_hat||^2 = 10
     assert explained_variance(x, x_hat).item() == pytest.approx(1 - 10 / 6.25)
-
-
-def test_kl_divergence():
-    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
-    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert kl_divergence(p.log(), q.log()).item() == pytest.approx(expected)
 
 
 def test_warm_up():

@@ -1,5 +1,6 @@
 """Evaluation on a tiny GPT-2 of 3 layers, against a direct computation with whole passes and plain hooks."""
 
+import math
 import pickle
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from sae_core import ConfigError, SAETrainer, TopKBasis, TrainingSettings, calibrate, evaluate_rows, parse_settings
+from sae_core.evaluation import _Behaviour
 from sae_core.hooked import Rerun
 
 HOOK_POINTS = [
@@ -236,3 +238,14 @@ def test_a_hook_point_the_model_lacks_is_refused(tiny_model, tokens, kept, hook_
 def test_tokens_and_kept_must_match(tiny_model, tokens, kept):
     with pytest.raises(ConfigError, match="both .rows, context"):
         evaluate_rows(tiny_model, {}, "blocks.1.hook_resid_post", tokens, kept[:2], rows_per_forward=5)
+
+
+def test_cross_entropy_and_kl_of_two_tokens_by_hand():
+    # one row of two tokens, two words; clean predicts [1/2, 1/2] twice, the other [1/4, 3/4] twice; the next word is 1
+    clean, other = torch.zeros(1, 2, 2), torch.tensor([0.25, 0.75]).log().expand(1, 2, 2)
+    behaviour = _Behaviour(clean, torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
+    assert behaviour.n_predictions == 1
+    assert behaviour.ce_clean.item() == pytest.approx(math.log(2))
+    ce, kl = behaviour.compare(other)
+    assert ce.item() == pytest.approx(-math.log(0.75))
+    assert kl.item() == pytest.approx(2 * (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)))
