@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the driver shows progress itself
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 # What our actors and workers have to say comes through the stream; the rest stays in Ray's session logs.
@@ -78,7 +79,7 @@ def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iter
     """Results in order, made by Ray tasks; so many in flight as the cluster has CPUs."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=3)(function)
+    task = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))  # it may be any callable
     limit = max(2, int(ray.cluster_resources().get("CPU", 1)))
     waiting: list[Any] = []
     for item in items:

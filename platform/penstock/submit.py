@@ -1,5 +1,6 @@
 """Submitting a sweep as a Ray job: the code, the resolved spec and the environment travel with it."""
 
+import logging
 import os
 import tempfile
 import time
@@ -29,6 +30,7 @@ def submit(
     check_hook_points(describe_model(spec.model), spec.hook_points)
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -4,6 +4,7 @@ It resolves the spec, fills the token store, creates the model hosts and the str
 the hosts evaluate what comes out, and is the only writer to MLflow.
 """
 
+import json
 import os
 import socket
 import threading
@@ -555,7 +556,7 @@ class Driver:
         folder = f"saes/{sae.sae_id}"
         if status == "finished":
             files = self.storage.read_folder(f"{folder}/final")
-            history = yaml.safe_load(files.pop("summary.json"))["history"]
+            history = json.loads(files.pop("summary.json"))["history"]
         else:
             files, history = {}, _stopped(self.storage, sae).get("history", [])
         self._tracker.log_rows(sae.sae_id, history)
@@ -644,8 +645,15 @@ class _Trials:
             return
         try:
             from ray import tune
+            from ray.tune.progress_reporter import TrialProgressCallback
 
             from penstock.train import run_pack
+
+            class Silent(TrialProgressCallback):
+                """The driver shows the progress of the packs itself."""
+
+                def _print(self, msg: str) -> None:
+                    pass
 
             trainable = tune.with_resources(
                 tune.with_parameters(run_pack, jobs=dict(jobs), stream=stream), {"cpu": 0, "memory": TRIAL_MEMORY}
@@ -658,6 +666,7 @@ class _Trials:
                     name=f"tune-{name}",
                     storage_path=storage.path("ray") if storage.is_local else f"{storage.uri}/ray",
                     failure_config=tune.FailureConfig(max_failures=3),
+                    callbacks=[Silent()],
                     verbose=0,
                 ),
             ).fit()

@@ -1,0 +1,79 @@
+"""A Ray head for tests, and the command line as a process of its own."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+SPEC = """\
+name: small
+model: {name: demo}
+data: {dataset: demo, context_size: 64, search_tokens: 1k, report_tokens: 2k, block_tokens: 4096}
+hook_points: [blocks.1.hook_resid_post, blocks.4.hook_resid_post]
+train: {tokens: TOKENS, batch_tokens: 256, lr: 1.0e-3, checkpoints: CHECKPOINTS}
+saes:
+  - {architecture: topk, d_sae: 2x, k: [4, 16]}
+  - {architecture: standard, d_sae: 2x, l1_coefficient: 1}
+  - {architecture: gated, d_sae: 2x, l1_coefficient: 1}
+  - {architecture: standard, d_sae: 2x, l1_coefficient: 2, lr: 1.0e+6}  # this one diverges
+baselines: {k: [8]}
+resources: {model_hosts: 1, cpus_per_host: 0.5, cpus_per_pack: 0.75}
+"""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running Ray head: `address` for `penstock run`, `jobs` for `penstock submit`."""
+
+    address: str
+    jobs: str
+    pid: int
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The head's processes whose title begins so (`ray::RayTrainWorker`, `ray::HostActor`, ...)."""
+        found = []
+        for process in psutil.Process(self.pid).children(recursive=True):
+            try:
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def free_port(start: int) -> int:
+    """A free port from `start` on, below those that Ray gives its workers."""
+    for port in range(start, 10_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port")
+
+
+def wait_for_dashboard(url: str, process: subprocess.Popen, log: Path) -> None:
+    """Return once the head's job server answers."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/api/version", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the Ray head did not come up:\n{log.read_text()}")
+
+
+def penstock(*arguments, home, **options) -> subprocess.CompletedProcess:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "penstock.cli", *map(str, arguments), "--home", str(home)],
+        capture_output=True, text=True, timeout=300, cwd=home.parent, check=False, **options,
+    )  # fmt: skip
