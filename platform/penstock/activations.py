@@ -1,4 +1,4 @@
-"""Activations as they travel between processes: numpy arrays, bfloat16 as the bits in uint16 (numpy has no bfloat16)."""
+"""Activations as they travel between processes: numpy arrays, bfloat16 as its bits in uint16, as numpy has none."""
 
 import warnings
 

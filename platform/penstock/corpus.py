@@ -166,8 +166,8 @@ def _open_demo(data: DataSpec) -> Corpus:
 def _open_local(data: DataSpec, root: Path) -> Corpus:
     files, kind = _files(data, root)
     if kind == "text" and data.tokens_column:
-        raise DataError(f"data.tokens_column {data.tokens_column!r}: text files have no columns; accepted with a column "
-                        f"of token ids: parquet, arrow, jsonl")  # fmt: skip
+        raise DataError(f"data.tokens_column {data.tokens_column!r}: text files have no columns; accepted with a "
+                        "column of token ids: parquet, arrow, jsonl")  # fmt: skip
     column = data.tokens_column or data.text_column
     digest = blake2b(f"{kind}/{column}/{bool(data.tokens_column)}".encode(), digest_size=16)
     try:
@@ -293,8 +293,8 @@ def _checked(value: Any, data: DataSpec, source: str) -> Content:
         if value is None:
             return ""
         if not isinstance(value, str):
-            raise DataError(f"data.text_column {data.text_column!r} of {source} holds {type(value).__name__}, not text; "
-                            f"name a column of token ids with data.tokens_column")  # fmt: skip
+            raise DataError(f"data.text_column {data.text_column!r} of {source} holds {type(value).__name__}, not text "
+                            "(a column of token ids is named by data.tokens_column)")  # fmt: skip
         return value if value.strip() else ""
     ids = np.asarray([] if value is None else value)
     if len(ids) and not np.issubdtype(ids.dtype, np.integer):

@@ -49,13 +49,13 @@ class ModelHost:
     ) -> dict[str, np.ndarray]:
         """The activations of a block of train rows: an array [kept tokens, d_in] for each hook point.
 
-        Excluded tokens are left out and the rest permuted once by (data.seed, block), the same way for every hook point,
-        so row i is one token everywhere. Arrays have the model's type (bfloat16 as uint16, see `activations`). On a CPU
+        Excluded tokens are left out and the rest permuted once by (data.seed, block), the same way for all hook points:
+        row i is one token everywhere. Arrays have the model's type (bfloat16 as uint16, see `activations`). On a CPU
         of one type with the same threads they are the same bit for bit, whatever hook points are asked for together.
 
-        With `data.exclude.norm_over_median`, a token whose norm at a hook point is more than that multiple of the block's
-        median there gives its place, at that hook point only, to another token of the block (the first of the permuted
-        order, then the second, ...): step counts and the alignment of all other rows stay as they are.
+        With `data.exclude.norm_over_median`, a token whose norm at a hook point is more than that multiple of the
+        block's median there gives its place, at that hook point only, to another token of the block (the first of the
+        permuted order, then the second, ...): step counts and the alignment of all other rows stay as they are.
 
         Raises `ModelError` for a hook point that the model lacks, and when not even one row fits into memory.
         """
@@ -167,7 +167,12 @@ class ModelHost:
             rows_per_forward = self.rows_per_forward
             sums = self._or_halve(
                 lambda: evaluate_rows(
-                    self.model, saes, hook_point, tokens, kept_tokens, rows_per_forward=rows_per_forward  # noqa: B023
+                    self.model,
+                    saes,
+                    hook_point,
+                    tokens,
+                    kept_tokens,
+                    rows_per_forward=rows_per_forward,  # noqa: B023
                 )
             )
             if sums is not None:
@@ -191,7 +196,7 @@ class ModelHost:
 
 
 def replace_outliers(activations: Tensor, norm_over_median: float) -> None:
-    """Overwrite rows [n, d_in] whose norm is above `norm_over_median` times the median by the first rows that are not."""
+    """Overwrite rows [n, d_in] whose norm is above `norm_over_median` times the median by the first that are not."""
     norms = activations.float().norm(dim=1)
     limit = norm_over_median * norms.median()
     outliers = torch.nonzero(norms > limit).squeeze(1)

@@ -59,8 +59,8 @@ def location(model: ModelSpec) -> Location:
     if folder.is_dir():
         return Location(str(folder.resolve()), None, True)
     if model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
-        raise ModelError(f"model.name {model.name!r}: there is no such folder; accepted: `demo`, a folder in Hugging Face "
-                         "format, or the name of a model on the hub")  # fmt: skip
+        raise ModelError(f"model.name {model.name!r}: there is no such folder; accepted: `demo`, a folder in Hugging "
+                         "Face format, or the name of a model on the hub")  # fmt: skip
     return Location(_aliases().get(model.name, model.name), model.revision, False)
 
 
@@ -90,8 +90,8 @@ def describe_model(model: ModelSpec) -> ModelDescription:
         raise ModelError(f"model.name {model.name!r}: a {config.model_type} is no causal language model with attention "
                          f"({_short(error)})") from None  # fmt: skip
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model.name {model.name!r}: a {config.model_type} is an encoder and decoder; accepted: causal "
-                         "language models")  # fmt: skip
+        raise ModelError(f"model.name {model.name!r}: a {config.model_type} is an encoder and decoder; accepted: "
+                         "causal language models")  # fmt: skip
     headers = _weight_headers(Path(place.name)) if place.is_local else []
     return ModelDescription(
         name=model.name,
@@ -119,8 +119,8 @@ def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
         return (f"model.name {model.name!r}: the folder is not a complete model in Hugging Face format (config.json, "
                 f"model.safetensors, tokenizer.json): {_short(error)}")  # fmt: skip
     return (f"model.name {model.name!r} is not a folder, and the hub does not give it"
-            f"{f' at revision {place.revision!r}' if place.revision else ''}: {_short(error)}; accepted: `demo`, a folder, "
-            "or the name of a model on the hub")  # fmt: skip
+            f"{f' at revision {place.revision!r}' if place.revision else ''}: {_short(error)}; accepted: `demo`, a "
+            "folder, or the name of a model on the hub")  # fmt: skip
 
 
 def _short(error: Exception) -> str:
@@ -230,17 +230,18 @@ def check_context_size(description: ModelDescription, context_size: int) -> None
 
 
 def load_model(model: ModelSpec, device: str) -> "TransformerBridge":
-    """Load a model for reading activations: evaluation mode, no gradients, weights processed as `model.processing` says.
+    """Load a model for reading activations: evaluation mode, no gradients, weights as `model.processing` says.
 
     `fold_ln` folds the norms' weights into what follows, `center` centres what writes to the residual stream, and
-    `fold_ln_center` is all that TransformerLens' `HookedTransformer` does by default (value biases and the unembedding
-    too). None of them changes the model's predictions. Raises `ModelError` when it cannot be loaded, when its file lacks
-    weights, or when its norms do not allow the processing.
+    `fold_ln_center` is all that TransformerLens' `HookedTransformer` does by default (value biases and the
+    unembedding too). None of them changes the model's predictions. Raises `ModelError` when it cannot be loaded, when
+    its files lack weights, or when its norms do not allow the processing.
     """
     place = location(model)
     if not place.is_local:
         _load_config(model, place)  # a clear error before the slow import
     import torch
+    from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging
 
@@ -252,9 +253,7 @@ def load_model(model: ModelSpec, device: str) -> "TransformerBridge":
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:
-        if not isinstance(error, _LOAD_ERRORS) and "safetensors" not in type(error).__module__ + type(error).__name__.lower():
-            raise
+    except (*_LOAD_ERRORS, SafetensorError) as error:
         raise ModelError(_unsupported(model, error) or _reason(model, place, error)) from None
     finally:
         if bars:
@@ -302,16 +301,16 @@ def _check_complete(model: ModelSpec, folder: Path) -> None:
         except ValueError:  # an architecture of another kind, which the bridge may still know
             return
     if stored < described:
-        raise ModelError(f"model.name {model.name!r}: its files hold {stored} weights, its config describes {described}: "
-                         "the folder is not complete")  # fmt: skip
+        raise ModelError(f"model.name {model.name!r}: its files hold {stored} weights, its config describes {described}"
+                         ": the folder is not complete")  # fmt: skip
 
 
 def _process(model: ModelSpec, bridge: "TransformerBridge") -> None:
     if model.processing == "none":
         return
     if model.processing != "fold_ln" and bridge.cfg.uses_rms_norm:
-        raise ModelError(f"model.processing {model.processing!r}: the RMS norms of model.name {model.name!r} do not take "
-                         "out a mean, so centring would change the model; accepted: none, fold_ln")  # fmt: skip
+        raise ModelError(f"model.processing {model.processing!r}: the RMS norms of model.name {model.name!r} do not "
+                         "take out a mean, so centring would change the model; accepted: none, fold_ln")  # fmt: skip
     everything = model.processing == "fold_ln_center"
     bridge.process_weights(
         fold_ln=model.processing != "center",

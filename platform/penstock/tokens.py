@@ -167,8 +167,8 @@ def _part_id(split: Split, corpus: Corpus, tokenizer: Tokenizer, data: DataSpec,
     else:
         amount = [data.search_tokens if split == "search" else data.report_tokens]
     kept = [data.exclude.special_tokens, data.exclude.first_positions]
-    return _address([_RULES, split, corpus.identity, tokenizer.fingerprint, data.context_size, data.bos, kept, data.seed,
-                     amount])  # fmt: skip
+    rows = [data.context_size, data.bos, data.seed, kept, amount]
+    return _address([_RULES, split, corpus.identity, tokenizer.fingerprint, rows])
 
 
 def _address(value: Any) -> str:
@@ -295,8 +295,8 @@ class _Builder:
                 return n_rows, order
             if not steps.any():
                 raise DataError(f"train.batch_tokens {self._train.batch_tokens} is larger than a block of "
-                                f"data.block_tokens {data.block_tokens}, which holds about {int(kept.mean())} tokens that "
-                                "are not excluded")  # fmt: skip
+                                f"data.block_tokens {data.block_tokens}, which holds about {int(kept.mean())} tokens "
+                                "that are not excluded")  # fmt: skip
             n_blocks += 1
         return n_rows, None
 
@@ -341,8 +341,8 @@ class _Builder:
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if self._vocab_size is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise DataError(f"data.tokens_column {self._data.tokens_column!r} holds ids from {ids.min()} to {ids.max()}; "
-                            f"the model accepts 0 to {self._vocab_size - 1}")  # fmt: skip
+            raise DataError(f"data.tokens_column {self._data.tokens_column!r} holds ids from {ids.min()} to {ids.max()}"
+                            f"; the model accepts 0 to {self._vocab_size - 1}")  # fmt: skip
 
     def _report(self) -> None:
         if time.monotonic() - self._reported_at >= 1:
@@ -357,7 +357,7 @@ class _Builder:
         data, train, rows = self._data, self._train, self._cutters[split].rows()
         if split == "train":
             asked = (f"train.tokens {train.tokens} (with data.block_tokens {data.block_tokens} and train.batch_tokens "
-                     f"{train.batch_tokens}: {self._needed[split]} rows of data.context_size {data.context_size})")  # fmt: skip
+                     f"{train.batch_tokens}: {self._needed[split]} rows of {data.context_size})")  # fmt: skip
         else:
             asked = f"data.{split}_tokens {data.search_tokens if split == 'search' else data.report_tokens}"
         return DataError(f"{asked} is more than data.dataset {data.dataset!r} has: its {split} split (by document, "

@@ -95,14 +95,18 @@ def test_another_block_or_seed_is_permuted_otherwise(folders, store, data):
     other_seed = some.harvest(store, data.model_copy(update={"seed": 1}), 0, [name])[name]
     assert not np.array_equal(first, other_seed)
     np.testing.assert_array_equal(np.sort(first, axis=0), np.sort(other_seed, axis=0))
-    assert not np.array_equal(np.sort(first, axis=0)[:500], np.sort(some.harvest(store, data, 1, [name])[name], axis=0)[:500])
+    assert not np.array_equal(
+        np.sort(first, axis=0)[:500], np.sort(some.harvest(store, data, 1, [name])[name], axis=0)[:500]
+    )
 
 
 def test_the_model_runs_no_further_than_asked(folders, store, data):
     some = host(folders["gpt2"])
     reached = []
     for layer in range(3):
-        some.model.hook_dict[f"blocks.{layer}.hook_in"].add_perma_hook(lambda x, hook, layer=layer: reached.append(layer))
+        some.model.hook_dict[f"blocks.{layer}.hook_in"].add_perma_hook(
+            lambda x, hook, layer=layer: reached.append(layer)
+        )
     some.harvest(store, data, 0, ["blocks.0.hook_resid_post"])
     assert set(reached) == {0}
     some.harvest(store, data, 0, ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post"])
@@ -113,7 +117,9 @@ def test_every_forward_pass_has_one_shape_and_is_counted(folders, store, data, m
     some = host(folders["gpt2"])
     shapes = []
     forward = some.model.forward
-    monkeypatch.setattr(some.model, "forward", lambda x, **kwargs: shapes.append(tuple(x.shape)) or forward(x, **kwargs))
+    monkeypatch.setattr(
+        some.model, "forward", lambda x, **kwargs: shapes.append(tuple(x.shape)) or forward(x, **kwargs)
+    )
     some.harvest(store, data, 0, HOOK_POINTS[:1])
     assert shapes == [(12, 16)] * 4  # 40 rows
     assert (some.forward_passes, some.tokens) == (4, 4 * 12 * 16)

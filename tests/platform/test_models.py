@@ -138,7 +138,7 @@ def test_processing_changes_weights_and_keeps_predictions(folders, kind, process
 
 
 def test_centring_a_model_with_rms_norms_is_refused(folders):
-    with pytest.raises(ModelError, match="model.processing 'center'.*accepted: none, fold_ln"):
+    with pytest.raises(ModelError, match=r"model.processing 'center'.*accepted: none, fold_ln"):
         load_model(ModelSpec(name=str(folders["llama"]), processing="center"), "cpu")
 
 
@@ -202,13 +202,16 @@ def test_an_architecture_that_transformer_lens_does_not_know_is_refused(tmp_path
     folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "model"))
     BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "roc_bert", "architectures": ["RoCBertForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "roc_bert", "architectures": ["RoCBertForCausalLM"]})
+    )
     with pytest.raises(ModelError, match="supports no model of this architecture"):
         load_model(ModelSpec(name=str(folder)), "cpu")
 
 
 def test_an_unreachable_hub_is_said_so(monkeypatch):
     import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'nobody/nothing' is not a folder, and the hub does not give it"):
         describe_model(ModelSpec(name="nobody/nothing"))

@@ -113,7 +113,9 @@ def test_token_ids_are_joined_and_cut_by_hand(model, storage, tmp_path):
     documents = [[i + 1] * (i % 5 + 2) for i in range(VOCAB - 1)]
     path = tmp_path / "ids.parquet"
     pq.write_table(pa.table({"ids": pa.array(documents, pa.list_(pa.int64()))}), path)
-    data = spec(path, tokens_column="ids", bos=False, context_size=8, block_tokens=64, search_tokens=20, report_tokens=20)
+    data = spec(
+        path, tokens_column="ids", bos=False, context_size=8, block_tokens=64, search_tokens=20, report_tokens=20
+    )
     store = build_token_store(data, model, TrainSpec(tokens=400, batch_tokens=10), storage, parallel_map=map)
     stream = all_rows(store, "search").reshape(-1).tolist()
     separators = [i for i, token in enumerate(stream) if token == 0]
@@ -303,7 +305,9 @@ def test_a_budget_too_small_only_makes_it_read_again(jsonl):
     scarce = [piece for piece in sampled_pieces(corpus, data, set(SPLITS), dict.fromkeys(SPLITS, 1_000))]
     assert len(plenty) == len(scarce) >= 400
     for split in SPLITS:
-        assert [piece for piece in scarce if piece.split == split] == [piece for piece in plenty if piece.split == split]
+        assert [piece for piece in scarce if piece.split == split] == [
+            piece for piece in plenty if piece.split == split
+        ]
     assert [piece.document for piece in plenty] != sorted(piece.document for piece in plenty)
 
 
@@ -405,7 +409,7 @@ def test_an_unreachable_hub_is_said_so(model, storage, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    with pytest.raises(DataError, match="data.dataset 'someone/waterworks' is no local file or folder.*no route"):
+    with pytest.raises(DataError, match=r"data.dataset 'someone/waterworks' is no local file or folder.*no route"):
         build_token_store(spec("someone/waterworks"), model, TRAIN, storage)
 
 
@@ -426,7 +430,7 @@ def test_too_few_tokens_are_counted(settings, train, message, jsonl, model, stor
 
 
 def test_a_batch_larger_than_what_a_block_keeps_is_refused(jsonl, model, storage):
-    with pytest.raises(DataError, match="train.batch_tokens 480 is larger than a block of data.block_tokens 512"):
+    with pytest.raises(DataError, match=r"train.batch_tokens 480 is larger than a block of data.block_tokens 512"):
         build_token_store(spec(jsonl), model, TrainSpec(tokens=4_800, batch_tokens=480), storage)
 
 
@@ -495,7 +499,7 @@ def test_columns_of_ids_are_checked(tmp_path, model, storage):
 
 def test_a_tokenizer_without_the_special_tokens_needed_is_refused(tmp_path, jsonl, storage):
     write_tokenizer(tmp_path / "eos", eos_token=EOS)
-    with pytest.raises(DataError, match="data.bos is true, but the tokenizer .* has no BOS token"):
+    with pytest.raises(DataError, match=r"data.bos is true, but the tokenizer .* has no BOS token"):
         build_token_store(spec(jsonl), ModelSpec(name=str(tmp_path / "eos")), TRAIN, storage)
     assert build_token_store(spec(jsonl, bos=False), ModelSpec(name=str(tmp_path / "eos")), TRAIN, storage)
     write_tokenizer(tmp_path / "none", pad_token="<pad>")
