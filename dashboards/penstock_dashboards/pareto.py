@@ -21,12 +21,11 @@ import pandas as pd
 
 from penstock.errors import SweepError
 from penstock.home import Home
+from penstock.pareto import Band, by_hook_point
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from matplotlib.axes import Axes
-
-Band = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -334,11 +333,11 @@ def _table_html(table: pd.DataFrame) -> str:
     status = ["status"] if "status" in table else []
     columns = ["hook_point", "architecture", *settings, *figures, *measured, *status, "sae_id"]
     labels = {name: label for name, (label, _) in _FIGURES.items()}
-    numeric = {name for name in columns
-               if pd.api.types.is_numeric_dtype(table[name]) and not pd.api.types.is_bool_dtype(table[name])}  # fmt: skip
+    flags = {name for name in columns if pd.api.types.is_bool_dtype(table[name])}
+    numeric = {name for name in columns if pd.api.types.is_numeric_dtype(table[name])} - flags
     head = "".join(f'<th{" class=number" if name in numeric else ""}>{html.escape(labels.get(name, name))}</th>'
                    for name in columns)  # fmt: skip
-    ordered = table.sort_values(["hook_point", "l0"], kind="stable").to_dict("records")
+    ordered = by_hook_point(table).to_dict("records")
     body = "\n".join(_row_html(record, columns, numeric) for record in ordered)
     return f'<table class="sortable" id="saes"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
 

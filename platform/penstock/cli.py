@@ -190,7 +190,7 @@ def _ui(arguments: argparse.Namespace, home: Home) -> int:
         print(f"MLflow already runs at {home.tracking_uri}")
         return 0
     if not has_database(home):
-        raise SweepError(f"{home.path} holds no sweeps yet; `penstock run SPEC` makes one, --home names another place")
+        raise SweepError(f"{home.path} holds no sweeps yet; `penstock run SPEC` makes one, --home looks elsewhere")
     port = _free_port(arguments.port or 0)
     with tempfile.TemporaryFile() as log, _terminated_as_interrupt(), _mlflow_server(home, port, log) as server:
         _wait_until_served(server, port, log)
@@ -227,8 +227,8 @@ def _wait_until_served(server: subprocess.Popen[bytes], port: int, log: Any) -> 
         if server.poll() is not None:
             raise SweepError(f"the MLflow server on port {port} did not start: {_tail(log)}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+            return
         time.sleep(0.2)
     raise SweepError(f"the MLflow server on port {port} did not answer within {_UI_START_SECONDS} s: {_tail(log)}")
 
@@ -274,6 +274,8 @@ def format_front(table: "pd.DataFrame") -> str:
 
     Beside the figures it shows the settings that differ between the SAEs, the sparsity coefficients in one column.
     """
+    from penstock.pareto import by_hook_point
+
     if table.empty:
         return "no SAEs"
     settings = _varying_settings(table)
@@ -281,7 +283,7 @@ def format_front(table: "pd.DataFrame") -> str:
     header = ["", "architecture", "d_sae", "sparsity", *settings, "L0", "CE rec.", "KL rec.", "expl. var.", "dead",
               *statuses, "sae_id"]  # fmt: skip
     right = {"d_sae", "L0", "CE rec.", "KL rec.", "expl. var.", "dead", *settings}
-    ordered = table.sort_values(["hook_point", "l0"], kind="stable").to_dict("records")
+    ordered = by_hook_point(table).to_dict("records")
     rows = [_front_row(record, settings, statuses) for record in ordered]
     head, _, *lines = text_table(header, rows, right=right).splitlines()
     parts: list[str] = []

@@ -3,6 +3,7 @@ otherwise, the token stores and checkpoints."""
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from penstock.errors import SweepError
@@ -32,8 +33,7 @@ class Home:
                 "MLFLOW_TRACKING_URI take URIs)"
             )
         path = Path(os.path.abspath(os.path.expanduser(given)))
-        parts = path.parts
-        if any(outer == "runtime_resources" and inner in _RAY_CACHES for outer, inner in zip(parts, parts[1:])):
+        if any(outer == "runtime_resources" and inner in _RAY_CACHES for outer, inner in pairwise(path.parts)):
             raise SweepError(
                 f"{source} {str(path)!r} lies in the folder that Ray unpacked this job into and deletes after it; "
                 "name a lasting folder with --home or PENSTOCK_HOME"

@@ -49,6 +49,17 @@ def mark_front(table: pd.DataFrame, l0_band: Band | None = None) -> pd.DataFrame
     return marked
 
 
+def by_hook_point(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows by hook point, block 4 before block 10, and within one by L0; renumbered from 0."""
+
+    def key(column: pd.Series) -> pd.Series:
+        if column.name != "hook_point":
+            return column
+        return column.astype(str).str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)
+
+    return table.sort_values(["hook_point", "l0"], key=key, kind="stable", ignore_index=True)
+
+
 def select(
     table: pd.DataFrame, hook_point: str, architecture: str | None = None, l0_band: Band | None = None
 ) -> pd.Series:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
-from penstock.pareto import Band, in_band, mark_front, select
+from penstock.pareto import Band, by_hook_point, in_band, mark_front, select
 from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep, sweep_table
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def front(
         table = table[table["hook_point"] == hook_point]
     if l0 is not None:
         table = mark_front(table[in_band(table, l0)], l0)
-    return table.sort_values(["hook_point", "l0"], kind="stable").reset_index(drop=True)
+    return by_hook_point(table)
 
 
 def load_sae(

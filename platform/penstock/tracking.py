@@ -514,7 +514,7 @@ def _place(home: Home) -> str:
 def _connect(home: Home) -> "MlflowClient":
     """A client, made without creating anything. Raises `SweepError` where there is no database yet."""
     if not has_database(home):
-        raise SweepError(f"{_place(home)} holds no sweeps yet; `penstock run SPEC` makes one, --home names another place")
+        raise SweepError(f"{_place(home)} holds no sweeps yet; `penstock run SPEC` makes one, --home looks elsewhere")
     _quiet_mlflow()
     from mlflow import MlflowClient
 

@@ -1,7 +1,7 @@
 import pytest
-from tracked_sweep import make_sweep
 
 from penstock.home import Home
+from tracked_sweep import make_sweep
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ import urllib.request
 
 import pandas as pd
 import pytest
-from tracked_sweep import EARLY, LATE
 
 from penstock.cli import JSON_KEYS, format_front, front_json, main, text_table
 from penstock.errors import SpecError
 from penstock.tracking import find_sweep
+from tracked_sweep import EARLY, LATE
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_pull_says_what_it_took_and_how_to_load_it(capsys, tmp_path):
     [
         (["front", "demx"], "no sweep 'demx' in"),
         (["front", "demo", "--hook-point", "x"], f"it has {EARLY}, {LATE}"),
-        (["pull", "demo", "--hook-point", "x", "--to", "y"], f"no SAE with hook_point 'x' in this sweep; it has {EARLY}"),
+        (["pull", "demo", "--hook-point", "x", "--to", "y"], f"hook_point 'x' in this sweep; it has {EARLY}"),
         (["pull", "demo", "--hook-point", LATE, "--l0", "90:", "--to", "y"], "there are 8"),
         (["report", "nosuch", "--to", "x.html"], "no sweep 'nosuch'"),
         (["list", "--home", "s3://bucket"], "is a URI"),

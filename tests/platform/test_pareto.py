@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from penstock.errors import SweepError
-from penstock.pareto import mark_front, pareto_front, select
+from penstock.pareto import by_hook_point, mark_front, pareto_front, select
 
 
 def table(*points, hook_point="a", architecture="topk", status="finished"):
@@ -53,6 +53,13 @@ def test_each_hook_point_has_its_front_and_all_have_one_together():
     marked = mark_front(pd.concat([table((5, 0.9), (9, 0.95)), table((6, 0.8), (10, 0.99), hook_point="b")]))
     assert list(marked["on_front"]) == [True, True, True, True]
     assert list(marked["on_overall_front"]) == [True, True, False, True]
+
+
+def test_hook_points_are_in_the_models_order_and_their_saes_by_l0():
+    rows = pd.concat([table((9, 0.9), (5, 0.8), hook_point=f"blocks.{block}.hook_mlp_out") for block in (10, 4)])
+    ordered = by_hook_point(rows)
+    assert list(ordered["hook_point"].str[7:9]) == ["4.", "4.", "10", "10"]
+    assert list(ordered["l0"]) == [5, 9, 5, 9] and list(ordered.index) == [0, 1, 2, 3]
 
 
 def test_select_takes_the_highest_recovery_in_the_band_and_of_equals_the_sparsest():

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from tracked_sweep import EARLY, LATE, write_sae
 
 import penstock
 from penstock.errors import CheckpointError, SweepError
 from penstock.tracking import find_sweep
 from sae_core import SAE
+from tracked_sweep import EARLY, LATE, write_sae
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,8 @@ def _no_environment(monkeypatch):
 def test_front_gives_every_sae_by_hook_point_and_l0(finished_home):
     table = penstock.front("demo", home=finished_home)
     assert list(table["sae_id"]) == ["early-4", "early-8", "early-9", "early-32", "late-8", "late-16"]
-    assert list(penstock.front("demo", hook_point=LATE, home=str(finished_home.path))["sae_id"]) == ["late-8", "late-16"]
+    late = penstock.front("demo", hook_point=LATE, home=str(finished_home.path))
+    assert list(late["sae_id"]) == ["late-8", "late-16"]
 
 
 def test_front_in_a_band_is_the_front_of_what_lies_inside(finished_home):
@@ -75,7 +76,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(finished_home, tmp_
 
 
 def test_nothing_is_written_where_nothing_fits(finished_home, tmp_path):
-    with pytest.raises(SweepError, match="no SAE at .* has an L0 in 50:60; there are 4, 8, 9, 32"):
+    with pytest.raises(SweepError, match=r"no SAE at .* has an L0 in 50:60; there are 4, 8, 9, 32"):
         penstock.pull("demo", hook_point=EARLY, l0=(50, 60), to=tmp_path / "sae", home=finished_home)
     assert not (tmp_path / "sae").exists()
 

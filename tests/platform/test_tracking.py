@@ -8,7 +8,6 @@ import threading
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from tracked_sweep import EARLY, FROZEN, LATE, SAES, SPEC, figures, make_sweep, tracked, write_sae
 
 from penstock.errors import SweepError
 from penstock.home import Home
@@ -21,6 +20,7 @@ from penstock.tracking import (
     list_sweeps,
     sweep_table,
 )
+from tracked_sweep import EARLY, FROZEN, LATE, SAES, SPEC, figures, make_sweep, tracked, write_sae
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,8 @@ def test_a_driver_that_died_between_rows_and_mark_repeats_nothing(home):
 
 def test_more_rows_than_a_batch_holds_all_arrive(home):
     tracker = opened(home, "long", "early-4")
-    tracker.log_rows("early-4", [{"tokens": at, "metrics": {"loss": 1.0, "eval/x": 2.0, "l0": 3.0}} for at in range(700)])
+    metrics = {"loss": 1.0, "eval/x": 2.0, "l0": 3.0}
+    tracker.log_rows("early-4", [{"tokens": at, "metrics": metrics} for at in range(700)])
     assert len(curve(home, "long", "early-4")) == 700
     assert len(curve(home, "long", "early-4", "eval/x")) == 700
 

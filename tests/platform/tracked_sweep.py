@@ -52,7 +52,7 @@ def make_sweep(home: Home, folder: Path, name: str = "demo", sweep_id: str = "01
     tracker = Tracker(home, name, sweep_id)
     tracker.open(SPEC, {"train_tokens": 1000}, [*(tracked(sae_id) for sae_id in SAES), FROZEN])
     for sae_id, (hook_point, _, status, l0, recovered) in SAES.items():
-        tracker.log_rows(sae_id, [{"tokens": 512, "metrics": {"loss": 2.0}}, {"tokens": 1024, "metrics": {"loss": 1.0}}])
+        tracker.log_rows(sae_id, [{"tokens": at, "metrics": {"loss": 1024 / at}} for at in (512, 1024)])
         if status == "finished":
             write_sae(folder / sae_id, hook_point)
             tracker.finish_sae(sae_id, status=status, metrics=figures(l0, recovered), folder=folder / sae_id)
