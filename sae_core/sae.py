@@ -141,7 +141,7 @@ class TrainableSAE(SAE):
     """An architecture that can be trained: adds its settings, its start, and its loss."""
 
     settings_type: ClassVar[type[SAESettings]]
-    decoder_norm_at_start: ClassVar[float] = 0.1
+    decoder_norm_at_start: ClassVar[float]
     revives_dead: ClassVar[bool] = False  # whether the loss treats dead latents apart
 
     @abstractmethod

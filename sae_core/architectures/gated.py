@@ -35,6 +35,9 @@ class GatedSettings(SAESettings):
 
 class GatedSAE(TrainableSAE):
     settings_type = GatedSettings
+    # As in standard.py, but from 1.0 half of the latents died. On the same model, l1 1, 600 steps: L0 36 at explained
+    # variance 0.984 and 6% dead; from 0.1 L0 45 at 0.984.
+    decoder_norm_at_start = 0.3
     encoder_biases = ("b_gate", "b_mag", "r_mag")
     latent_scaled = ("b_gate", "b_mag")
     b_gate: Tensor

