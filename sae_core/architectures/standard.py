@@ -32,8 +32,8 @@ class StandardSettings(SAESettings):
 
 class StandardSAE(TrainableSAE):
     settings_type = StandardSettings
-    # Unit rows, not the 0.1 of the source: latents that start weak stay weakly active for thousands of steps. On a small
-    # GPT-2, l1 1, 2000 steps of 512 tokens: L0 30 at explained variance 0.965, where 0.1 gave L0 78 at 0.967.
+    # Unit rows, not the 0.1 of the source: latents that start weak stay weakly active for thousands of steps. On a
+    # small GPT-2, l1 1, 2000 steps of 512 tokens: L0 30 at explained variance 0.965, where 0.1 gave L0 78 at 0.967.
     decoder_norm_at_start = 1.0
     b_enc: Tensor
 
