@@ -1,44 +1,32 @@
-"""Sparse autoencoders: train, save, load, evaluate. Useful alone; knows no cluster and no tracker."""
+"""Sparse autoencoders: train, save, load, evaluate. Useful alone; knows no cluster and no tracker.
 
-from sae_core.architectures import (
-    ARCHITECTURES,
-    GatedSAE,
-    GatedSettings,
-    StandardSAE,
-    StandardSettings,
-    TopKSAE,
-    TopKSettings,
-    parse_settings,
-)
-from sae_core.baselines import TopKBasis
-from sae_core.errors import CheckpointError, ConfigError, UserError
-from sae_core.evaluation import EvaluationSums, evaluate_rows
-from sae_core.normalization import Calibration, calibrate
-from sae_core.sae import SAE, SAEConfig
-from sae_core.settings import SAESettings, TrainingSettings, read_settings
-from sae_core.training import SAETrainer
+The names below are looked up on first use, so that importing the package, or only its errors, stays instant.
+"""
 
-__all__ = [
-    "ARCHITECTURES",
-    "SAE",
-    "Calibration",
-    "CheckpointError",
-    "ConfigError",
-    "EvaluationSums",
-    "GatedSAE",
-    "GatedSettings",
-    "SAEConfig",
-    "SAESettings",
-    "SAETrainer",
-    "StandardSAE",
-    "StandardSettings",
-    "TopKBasis",
-    "TopKSAE",
-    "TopKSettings",
-    "TrainingSettings",
-    "UserError",
-    "calibrate",
-    "evaluate_rows",
-    "parse_settings",
-    "read_settings",
-]
+import importlib
+from typing import Any
+
+_MODULES = {
+    "architectures": [
+        "ARCHITECTURES", "GatedSAE", "GatedSettings", "StandardSAE", "StandardSettings", "TopKSAE", "TopKSettings",
+        "parse_settings",
+    ],
+    "baselines": ["TopKBasis"],
+    "errors": ["CheckpointError", "ConfigError", "UserError"],
+    "evaluation": ["EvaluationSums", "evaluate_rows"],
+    "normalization": ["Calibration", "calibrate"],
+    "sae": ["SAE", "SAEConfig"],
+    "settings": ["SAESettings", "TrainingSettings", "read_settings"],
+    "training": ["SAETrainer"],
+}  # fmt: skip
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -14,10 +14,10 @@ import numpy as np
 import ray
 from safetensors.torch import save as save_tensors
 
+from penstock.activations import from_wire
 from penstock.evaluate import Subject, load_subject
 from penstock.identity import check_code
 from penstock.model_host import ModelHost
-from penstock.activations import from_wire
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.storage import Storage

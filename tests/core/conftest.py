@@ -2,8 +2,8 @@ import warnings
 
 import pytest
 import torch
-from sae_cases import SETTINGS, Data, make_data
 
+from sae_cases import SETTINGS, Data, make_data
 from sae_core import SAETrainer, TrainingSettings, parse_settings
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sae_cases import SETTINGS
 
+from sae_cases import SETTINGS
 from sae_core import ARCHITECTURES, SAETrainer, parse_settings
 from sae_core.kernels import DenseActive, SparseActive, active, select_active
 from sae_core.sae import SAEConfig, StepContext

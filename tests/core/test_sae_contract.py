@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from sae_cases import SETTINGS, make_data
 from torch.nn.functional import normalize
 
+from sae_cases import SETTINGS, make_data
 from sae_core import ARCHITECTURES, SAE, CheckpointError, ConfigError, SAETrainer, TrainingSettings, parse_settings
 
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
-from sae_cases import SETTINGS
 from safetensors.torch import load_file, save_file
 
+from sae_cases import SETTINGS
 from sae_core import SAE, CheckpointError, SAETrainer, parse_settings
 from sae_core.checkpoint import load_sparsity
 

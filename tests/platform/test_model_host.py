@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_model, write_model
 
 from penstock.activations import from_wire, to_wire
 from penstock.errors import ModelError
@@ -10,6 +9,7 @@ from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
 from sae_core.baselines import TopKBasis
+from tiny_models import make_model, write_model
 
 KINDS = ("gpt2", "llama", "neox")
 HOOK_POINTS = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.2.mlp.hook_post")

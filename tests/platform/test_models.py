@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONTEXT, VOCAB, make_model, write_model
 from transformers import AutoConfig, BertConfig, T5Config
 
 from penstock.errors import ModelError
 from penstock.models import check_context_size, check_hook_points, describe_model, load_model, location
 from penstock.spec import ModelSpec
+from tiny_models import CONTEXT, VOCAB, make_model, write_model
 
 KINDS = ("gpt2", "llama", "neox")
 

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_models import EOS, VOCAB, write_model, write_tokenizer
 
 import penstock.tokens
 from penstock import corpus as corpora
@@ -18,6 +17,7 @@ from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.splits import SPLITS, document_hash, split_of
 from penstock.storage import Storage
 from penstock.tokens import TokenStore, build_token_store, load_tokenizer
+from tiny_models import EOS, VOCAB, write_model, write_tokenizer
 
 TRAIN = TrainSpec(tokens=2_000, batch_tokens=100)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from ray_head import SPEC, Head, free_port, wait_for_dashboard
 
 

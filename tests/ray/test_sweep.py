@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_head import ROOT, SPEC, penstock
 from safetensors.numpy import load_file
 
 import penstock as platform_api
 import sae_core
 from penstock.home import Home
+from ray_head import ROOT, SPEC, penstock
 
 pytestmark = pytest.mark.ray
 
