@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the driver shows progress itself
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # hosts and packs may share cores: a waiting thread must not spin
     "TOKENIZERS_PARALLELISM": "false",
 }
 # What our actors and workers have to say comes through the stream; the rest stays in Ray's session logs.

@@ -153,7 +153,8 @@ class Pack:
         return not slot.active
 
     def _stop_diverged(self, slot: _Slot) -> None:
-        self._stop(slot, "diverged", f"the loss left every bound by step {slot.trainer.steps_done}; a lower lr may help")
+        reason = f"the loss left every bound by step {slot.trainer.steps_done}; a lower lr may help"
+        self._stop(slot, "diverged", reason)
 
     def _stop(self, slot: _Slot, status: str, reason: str) -> None:
         slot.reason = reason

@@ -1,16 +1,18 @@
 """What a sweep will do, before it does it: SAEs, packs, waves, memory, tokens, forward passes, cost. Runs nothing."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from penstock.batches import Schedule
 from penstock.errors import SpecError, SweepError
 from penstock.identity import FORMAT, content_id
-from penstock.models import ModelDescription
+from penstock.models import ModelDescription, check_context_size, check_hook_points, describe_model
 from penstock.pack import PackMember
-from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec
+from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, load_spec
 from sae_core import SAESettings, TrainingSettings, parse_settings
 
 DEFAULT_DEAD_AFTER_TOKENS = 10_000_000
@@ -107,6 +109,26 @@ def _take(free: list[dict[str, float]], need: Mapping[str, float]) -> bool:
 
 def _amount(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
+    """The spec and its model, checked as far as that needs no tokens; local paths in it are made absolute."""
+    spec = load_spec(spec_path)
+    model, data = spec.model, spec.data
+    if model.name != "demo":
+        model = model.model_copy(update={"name": _absolute(model.name)})
+    if data.dataset != "demo":
+        data = data.model_copy(update={"dataset": _absolute(data.dataset)})
+    spec = spec.model_copy(update={"model": model, "data": data})
+    description = describe_model(model)
+    check_hook_points(description, spec.hook_points)
+    check_context_size(description, data.context_size)
+    return spec, description
+
+
+def _absolute(name: str) -> str:
+    """A path that is there as other working directories read it; any other name as it is."""
+    return os.path.abspath(os.path.expanduser(name)) if os.path.exists(os.path.expanduser(name)) else name
 
 
 def training_settings(train: TrainSpec) -> TrainingSettings:
@@ -213,13 +235,14 @@ def memory_of_block(spec: SweepSpec, model: ModelDescription, hook_points: Seque
 
 def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
     """What is allowed and probably not meant."""
-    low = sorted({value for sae in saes if (value := getattr(sae.settings, "l1_coefficient", 1.0)) < LOW_L1_COEFFICIENT})
+    coefficients = {getattr(sae.settings, "l1_coefficient", 1.0) for sae in saes}
+    low = sorted(value for value in coefficients if value < LOW_L1_COEFFICIENT)
     found = []
     if low:
         d_in = saes[0].d_in
         found.append(
-            f"l1_coefficient {', '.join(f'{value:g}' for value in low)} is below {LOW_L1_COEFFICIENT}: values like these "
-            "belong to an older loss averaged over d_in; here the same penalty is about value * d_in**1.5 "
+            f"l1_coefficient {', '.join(f'{value:g}' for value in low)} is below {LOW_L1_COEFFICIENT}: values like "
+            "these belong to an older loss averaged over d_in; here the same penalty is about value * d_in**1.5 "
             f"({low[0] * d_in**1.5:.3g} for {low[0]:g} at d_in {d_in})"
         )
     return found

@@ -71,7 +71,7 @@ class DataSpec(_Section):
     search_tokens: Count = 50_000
     report_tokens: Count = 50_000
     exclude: ExcludeSpec = ExcludeSpec()
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     block_tokens: Count = 65_536
 
     @property
@@ -82,7 +82,7 @@ class DataSpec(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "DataSpec":
         if self.block_tokens < self.context_size:
-            raise ValueError(f"block_tokens {self.block_tokens} is less than one row of context_size {self.context_size}")
+            raise ValueError(f"block_tokens {self.block_tokens} is less than a row of context_size {self.context_size}")
         if self.exclude.first_positions >= self.context_size:
             raise ValueError(f"exclude.first_positions {self.exclude.first_positions} leaves nothing of a row of "
                              f"context_size {self.context_size}")  # fmt: skip
@@ -186,8 +186,10 @@ class SweepSpec(_Section):
     def _consistent(self) -> "SweepSpec":
         usable = self.data.block_rows * (self.data.context_size - self.data.exclude.first_positions)
         if self.train.batch_tokens > usable:
-            raise ValueError(f"train.batch_tokens {self.train.batch_tokens} is larger than a block, which holds at most "
-                             f"{usable} tokens (data.block_tokens {self.data.block_tokens}, less the excluded)")  # fmt: skip
+            raise ValueError(
+                f"train.batch_tokens {self.train.batch_tokens} is larger than a block, which holds at most {usable} "
+                f"tokens (data.block_tokens {self.data.block_tokens}, less the excluded)"
+            )
         return self
 
     def sae_settings(self, d_in: int) -> list[dict[str, Any]]:

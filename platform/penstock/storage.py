@@ -86,6 +86,11 @@ class Storage:
         if self.exists(folder):
             self._fs.delete_dir(self.path(folder))
 
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing where there is none."""
+        if self.exists(name):
+            self._fs.delete_file(self.path(name))
+
     # ---- folders that count only when whole ----
 
     def commit_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
@@ -107,5 +112,5 @@ class Storage:
             raise CheckpointError(f"{self.path(folder)} is not a complete checkpoint: {error}") from None
         for name, data in files.items():
             if hashlib.blake2b(data, digest_size=16).hexdigest() != sums[name]:
-                raise CheckpointError(f"{self.path(folder)}/{name} is damaged: its checksum differs from the manifest's")
+                raise CheckpointError(f"{self.path(folder)}/{name} is damaged: its checksum is not the manifest's")
         return files

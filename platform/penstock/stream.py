@@ -130,7 +130,8 @@ class StreamState:
         for member in self.members.values():
             opened = self._opened.get(member.cohort)
             late = member.status == "expected" and opened is not None and now - opened > BARRIER_SECONDS
-            hung = member.status == "live" and now > max(member.pause_until, member.last_progress + member.lease_seconds)
+            lease_ends = max(member.pause_until, member.last_progress + member.lease_seconds)
+            hung = member.status == "live" and now > lease_ends
             if late or hung:
                 member.status = "gone"
                 expired.append(member.pack_id)

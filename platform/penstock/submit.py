@@ -11,8 +11,7 @@ import yaml
 from penstock.cluster import ENVIRONMENT, packages
 from penstock.errors import SweepError
 from penstock.home import Home
-from penstock.models import check_hook_points, describe_model
-from penstock.spec import SweepSpec, load_spec
+from penstock.plan import read_sweep
 
 SUBMITTED = "PENSTOCK_SUBMITTED"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -26,8 +25,8 @@ def submit(
     With `follow`, its logs stream here and the exit status is the job's; otherwise 0 once it is accepted. What is wrong
     with the spec is found before anything is sent. Raises `SweepError` when the server does not answer.
     """
-    spec = load_spec(spec_path)
-    check_hook_points(describe_model(spec.model), spec.hook_points)
+    spec, _ = read_sweep(spec_path)
+    spec = spec.model_copy(update={"storage": home.storage_uri(spec.storage)})
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
@@ -39,7 +38,7 @@ def submit(
             "address of a cluster's dashboard, like http://127.0.0.1:8265"
         ) from None
     with tempfile.TemporaryDirectory() as folder:
-        text = yaml.safe_dump(_with_absolute_paths(spec, home).model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
         (Path(folder) / "spec.yaml").write_text(text, encoding="utf-8")
         environment = {**ENVIRONMENT, SUBMITTED: "1", "PENSTOCK_HOME": str(home.path), "PYTHONUNBUFFERED": "1"}
         if uri := os.environ.get("MLFLOW_TRACKING_URI"):
@@ -70,14 +69,3 @@ def _follow(client: object, job: str) -> int:
     info = client.get_job_info(job)
     print(f"job {job}: {info.status}" + ("" if str(info.status) == "SUCCEEDED" else f": {info.message}"), flush=True)
     return info.driver_exit_code if info.driver_exit_code is not None else int(str(info.status) != "SUCCEEDED")
-
-
-def _with_absolute_paths(spec: SweepSpec, home: Home) -> SweepSpec:
-    """The spec as another working directory reads it."""
-
-    def absolute(name: str) -> str:
-        return os.path.abspath(name) if os.path.exists(name) else name
-
-    model = spec.model.model_copy(update={"name": absolute(spec.model.name)} if spec.model.name != "demo" else {})
-    data = spec.data.model_copy(update={"dataset": absolute(spec.data.dataset)} if spec.data.dataset != "demo" else {})
-    return spec.model_copy(update={"model": model, "data": data, "storage": home.storage_uri(spec.storage)})

@@ -6,12 +6,14 @@ the hosts evaluate what comes out, and is the only writer to MLflow.
 
 import json
 import os
+import pickle
 import socket
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from penstock.errors import SweepError, UserError
 from penstock.evaluate import BASES, Subject, protocol, protocol_id
 from penstock.home import Home
 from penstock.identity import code_hash, content_id
-from penstock.models import ModelDescription, check_hook_points, describe_model
+from penstock.models import ModelDescription
 from penstock.plan import (
     FROZEN_DECODER,
     Cluster,
@@ -34,12 +36,13 @@ from penstock.plan import (
     memory_of_block,
     plan_packs,
     plan_saes,
+    read_sweep,
     stream_identity,
     training_settings,
     warnings,
     waves,
 )
-from penstock.spec import SweepSpec, load_spec
+from penstock.spec import SweepSpec
 from penstock.storage import Storage
 from penstock.tokens import TokenStore, build_token_store
 
@@ -51,9 +54,7 @@ TRIAL_MEMORY = 512 * 2**20
 
 def plan_command(spec_path: str | Path, home: Home) -> str:
     """What `penstock plan` prints. Tokenises if that has not been done (nothing else is run)."""
-    spec = load_spec(spec_path)
-    model = describe_model(spec.model)
-    check_hook_points(model, spec.hook_points)
+    spec, model = read_sweep(spec_path)
     storage = Storage(home.storage_uri(spec.storage))
     store = build_token_store(spec.data, spec.model, spec.train, storage)
     saes = plan_saes(spec, model, store.train_id)
@@ -67,9 +68,7 @@ def plan_command(spec_path: str | Path, home: Home) -> str:
 def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_code_change: bool = False) -> int:
     """`penstock run`: the whole sweep, from this process. Returns the exit status: 1 when an SAE failed."""
     started = time.time()
-    spec = load_spec(spec_path)
-    model = describe_model(spec.model)
-    check_hook_points(model, spec.hook_points)
+    spec, model = read_sweep(spec_path)
     storage = Storage(home.storage_uri(spec.storage))
     driver = Driver(spec, model, home, storage, started, allow_code_change)
     try:
@@ -154,8 +153,6 @@ class Driver:
             self._print_front()
             return 0
         trials = self._start_trials()
-        with self._phase("track"):
-            self._open_tracker()
         with self._phase("train"):
             self._follow(trials)
         with self._phase("evaluate"):
@@ -176,18 +173,19 @@ class Driver:
     def _prepare(self, address: str | None) -> None:
         from penstock.cluster import connect, describe_cluster, map_on_cluster
 
-        self.say(f"sweep {self.spec.name}: starting Ray" if not address else f"joining the Ray cluster at {address}")
-        self._own_ray = connect(address)
-        cluster, store_bytes = describe_cluster()
-        if not self._own_ray and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
-            self._check_shared_storage()
-        slots = cluster.pack_slots(self.spec.resources)
-        self._start_hosts()
-        self.say(f"{len(self._hosts)} model host(s) booting; reading {self.spec.data.dataset}")
-        parallel = {} if self._own_ray else {"parallel_map": map_on_cluster}
-        self.store = build_token_store(
-            self.spec.data, self.spec.model, self.spec.train, self.storage, progress=self.say, **parallel
-        )
+        local = address is None and "RAY_ADDRESS" not in os.environ
+        self.say(f"sweep {self.spec.name}: " + ("starting Ray" if local else "joining the Ray cluster"))
+        with ThreadPoolExecutor(1) as beside:
+            # A local Ray takes seconds to start in processes of its own; the tokens are read meanwhile.
+            store = beside.submit(self._build_store) if local else None
+            self._own_ray = connect(address)
+            cluster, store_bytes = describe_cluster()
+            if not local and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
+                self._refuse_local_storage()
+            slots = cluster.pack_slots(self.spec.resources)
+            self._start_hosts()
+            self.say(f"{len(self._hosts)} model host(s) booting")
+            self.store = store.result() if store else self._build_store(parallel_map=map_on_cluster)
         self.schedule = _schedule(self.spec, self.store)
         self.saes = plan_saes(self.spec, self.model, self.store.train_id)
         self.sweep_id = content_id([self.spec.name, sorted(sae.sae_id for sae in self.saes), self._protocol()])
@@ -206,10 +204,15 @@ class Driver:
             for warning in warnings(self.spec, self.saes):
                 self.say(f"warning: {warning}")
 
-    def _check_shared_storage(self) -> None:
+    def _build_store(self, **parallel: Any) -> TokenStore:
+        return build_token_store(
+            self.spec.data, self.spec.model, self.spec.train, self.storage, progress=self.say, **parallel
+        )
+
+    def _refuse_local_storage(self) -> None:
         raise SweepError(
-            f"storage {self.storage.uri!r} is a path of one machine, and this cluster has several nodes; accepted: a URI "
-            "that every node reaches (s3://..., gs://...), or file:///... for a file system that all nodes mount"
+            f"storage {self.storage.uri!r} is a path of one machine, and this cluster has several nodes; accepted: a "
+            "URI that every node reaches (s3://..., gs://...), or file:///... for a file system that all nodes mount"
         )
 
     def _start_hosts(self) -> None:
@@ -248,14 +251,16 @@ class Driver:
         import ray
 
         from penstock.actors import NAMESPACE, StreamActor, StreamConfig
-        from penstock.train import PackJob, progress
+        from penstock.train import PackJob
+        from penstock.trial import TrialJob, progress
 
         attempt_file = f"sweeps/{self.sweep_id}/attempt.json"
         attempt = (self.storage.read_json(attempt_file)["attempt"] if self.storage.exists(attempt_file) else 0) + 1
         training = training_settings(self.spec.train)
         resources = self.spec.resources
-        jobs = {
-            pack.pack_id: PackJob(
+        jobs = {}
+        for pack in self.packs:
+            work = PackJob(
                 pack_id=pack.pack_id,
                 members=tuple(members(pack, self._metadata())),
                 hook_points=pack.hook_points,
@@ -267,16 +272,25 @@ class Driver:
                 checkpoints=self.spec.train.checkpoints,
                 micro_batch_tokens=self.spec.train.micro_batch_tokens,
                 threads=resources.pack_threads,
-                cpus=resources.cpus_per_pack,
-                gpus=resources.gpus_per_pack,
+                on_gpu=resources.gpus_per_pack > 0,
                 attempt=attempt,
                 attempt_file=attempt_file,
                 allow_code_change=self._allow_code_change,
                 code=code_hash(),
             )
-            for pack in self.packs
-        }
+            jobs[pack.pack_id] = TrialJob(
+                pack.pack_id,
+                tuple(sae.sae_id for sae in pack.saes),
+                training.steps,
+                self.storage,
+                resources.cpus_per_pack,
+                resources.gpus_per_pack,
+                attempt,
+                pickle.dumps(work),
+            )
         self._check_resumable()
+        for sae in self.left:  # what failed before is tried again
+            self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
         cursors = {
             pack_id: self.schedule.locate(min(min(progress(job)), self.schedule.steps - 1))[0]
             for pack_id, job in jobs.items()
@@ -302,7 +316,8 @@ class Driver:
         about = {"attempt": attempt, "machine": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
         self.storage.write_json(attempt_file, about)
         resumed = sum(cursor > 0 for cursor in cursors.values())
-        self.say(f"sweep id {self.sweep_id}: {len(jobs)} pack(s) starting" + (f", {resumed} resumed" if resumed else ""))
+        again = f", {resumed} of them from checkpoints" if resumed else ""
+        self.say(f"sweep id {self.sweep_id}: {len(jobs)} pack(s) starting{again}")
         return _Trials(jobs, self._stream, self.slots, self.storage, f"{self.sweep_id}-{attempt}")
 
     def _check_resumable(self) -> None:
@@ -337,6 +352,9 @@ class Driver:
         }
 
     def _open_tracker(self) -> None:
+        """MLflow is opened when training has begun: its seconds are the packs' while they start."""
+        if self._tracker is not None:
+            return
         from penstock.tracking import TrackedSAE, Tracker
 
         self._tracker = Tracker(self.home, self.spec.name, self.sweep_id)
@@ -362,6 +380,7 @@ class Driver:
                 break
         self._collect()
         trials.check()
+        self._open_tracker()
 
     def _collect(self) -> None:
         import ray
@@ -389,6 +408,8 @@ class Driver:
                 raise SweepError(event["reason"])
             elif event["kind"] == "stopped":
                 self.say(f"SAE {event['sae_id']} {event['status']}: {event['reason']}")
+        if rows:
+            self._open_tracker()
         for sae_id, new in rows.items():
             self._tracker.log_rows(sae_id, new)
 
@@ -647,7 +668,7 @@ class _Trials:
             from ray import tune
             from ray.tune.progress_reporter import TrialProgressCallback
 
-            from penstock.train import run_pack
+            from penstock.trial import run_pack
 
             class Silent(TrialProgressCallback):
                 """The driver shows the progress of the packs itself."""
