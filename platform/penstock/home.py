@@ -19,13 +19,13 @@ class Home:
     path: Path
 
     @staticmethod
-    def resolve(argument: str | None = None) -> "Home":
+    def resolve(argument: str | Path | None = None) -> "Home":
         """`argument` (the `--home` option), else `PENSTOCK_HOME`, else `./penstock-home`, made absolute.
 
         Raises `SweepError` for what cannot be a home: a URI, a file, or a folder inside one that Ray unpacked a job
         into, which Ray deletes after the job.
         """
-        given = argument or os.environ.get("PENSTOCK_HOME") or DEFAULT_HOME
+        given = os.fspath(argument or os.environ.get("PENSTOCK_HOME") or DEFAULT_HOME)
         source = "--home" if argument else "PENSTOCK_HOME" if os.environ.get("PENSTOCK_HOME") else "the default home"
         if "://" in given:
             raise SweepError(

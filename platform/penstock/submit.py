@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +15,7 @@ from penstock.home import Home
 from penstock.plan import read_sweep
 
 SUBMITTED = "PENSTOCK_SUBMITTED"
+AGENT_SECONDS = 60.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -29,7 +31,8 @@ def submit(
     spec = spec.model_copy(update={"storage": home.storage_uri(spec.storage)})
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
+    for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of every package that is uploaded
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -43,7 +46,8 @@ def submit(
         environment = {**ENVIRONMENT, SUBMITTED: "1", "PENSTOCK_HOME": str(home.path), "PYTHONUNBUFFERED": "1"}
         if uri := os.environ.get("MLFLOW_TRACKING_URI"):
             environment["MLFLOW_TRACKING_URI"] = uri
-        job = client.submit_job(
+        job = _submit_when_ready(
+            client,
             entrypoint="python -m penstock.cli run spec.yaml" + (" --allow-code-change" if allow_code_change else ""),
             runtime_env={"working_dir": folder, "py_modules": packages(), "env_vars": environment},
             metadata={"sweep": spec.name},
@@ -55,7 +59,19 @@ def submit(
     return _follow(client, job)
 
 
-def _follow(client: object, job: str) -> int:
+def _submit_when_ready(client: Any, **job: Any) -> str:
+    """Submit; a head that has just started takes a while until it can run jobs."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise SweepError(f"the cluster did not take the job: {error}") from None
+            time.sleep(1.0)
+
+
+def _follow(client: Any, job: str) -> int:
     """Print the job's logs as they come; its exit status."""
     printed = 0
     while True:

@@ -20,6 +20,7 @@ def head(tmp_path_factory):
     os.environ["RAY_AUTH_MODE"] = "disabled"
     port = free_port(6400)
     dashboard = free_port(port + 1)
+    agent = free_port(dashboard + 1)  # the default one belongs to whichever Ray came first on this machine
     temporary = tempfile.mkdtemp(prefix="pst-")  # Ray's sockets need a short path
     log = tmp_path_factory.mktemp("head") / "log"
     binaries = str(Path(sys.executable).parent)  # an activated environment, for `python` in a job's entry point
@@ -30,6 +31,7 @@ def head(tmp_path_factory):
         process = subprocess.Popen(
             [Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
              "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             f"--dashboard-agent-listen-port={agent}",
              "--object-store-memory=400000000", f"--temp-dir={temporary}", "--disable-usage-stats"],
             stdout=output, stderr=output, env=environment, start_new_session=True, cwd=temporary,
         )  # fmt: skip
