@@ -54,6 +54,8 @@ def _start_local() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # A pack needs a handful of processes; on few cores Ray would start them one after another.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    # It watches for nodes that a cloud is about to take back, at the price of a process a pack.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray

@@ -5,6 +5,7 @@ the hosts evaluate what comes out, and is the only writer to MLflow.
 """
 
 import json
+import logging
 import os
 import pickle
 import socket
@@ -508,12 +509,14 @@ class Driver:
                 self.say(f"evaluation: {total - len(todo) - len(asked)} of {total} slices")
 
     def _add(self, evaluation: _Evaluation, hook_point: str, sums: Mapping[str, Any]) -> None:
+        """Take in the sums of a slice; after the last one the figures are written."""
         for name, part in sums.items():
             evaluation.sums[name] = evaluation.sums[name].merge(part) if name in evaluation.sums else part
         evaluation.left -= 1
         if evaluation.left == 0:
             for subject in evaluation.subjects:
                 metrics = evaluation.sums[subject.name].metrics()
+                self._cost["evaluated_tokens"] = self._cost.get("evaluated_tokens", 0.0) + metrics["n_tokens"]
                 record = {"protocol": self._protocol(), "metrics": metrics}
                 self.storage.write_json(self._figures_file(subject, hook_point), record)
 
@@ -669,6 +672,9 @@ class _Trials:
             from ray.tune.progress_reporter import TrialProgressCallback
 
             from penstock.trial import run_pack
+
+            # A trial reports nothing to Tune itself: what it has to say goes through the stream.
+            logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
             class Silent(TrialProgressCallback):
                 """The driver shows the progress of the packs itself."""

@@ -109,9 +109,11 @@ def test_the_same_spec_again_does_nothing_and_one_more_k_trains_one_sae(submitte
     assert again.returncode == 0, again.stderr
     assert "is done already" in again.stdout and "first step" not in again.stdout
     more = spec.with_name("more.yaml")
-    more.write_text(spec.read_text().replace("k: [4, 16]", "k: [4, 16, 8]"))
+    text = spec.read_text().replace("k: [4, 16]", "k: [4, 16, 8]")
+    more.write_text(text.replace("cpus_per_pack: 0.75", "cpus_per_pack: 1.5"))  # room for one pack: two waves
     done = penstock("run", more, "--address", head.address, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "in 2 waves" in done.stdout
     after = {path: path.stat().st_mtime_ns for path in home.glob("saes/*/final/*")}
     assert before.items() <= after.items()  # nothing that was there is made again
     new = {path.parent.parent.name for path in after.keys() - before.keys()}
@@ -125,7 +127,9 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
     """SIGKILL of a Train worker, of a model host and of the driver, then the same spec again."""
     home, _, _ = submitted
     broken = tmp_path / "home"
-    spec = write_spec(checkpoints="6")  # how often a run is saved changes nothing of its identity
+    # How often a run is saved and how many hosts there are changes nothing of its identity.
+    hosts = ("model_hosts: 1, cpus_per_host: 0.5", "model_hosts: 2, cpus_per_host: 0.25")
+    spec = write_spec(checkpoints="6", replace=[hosts])
     command = [sys.executable, "-m", "penstock.cli", "run", str(spec), "--address", head.address, "--home", str(broken)]
     log = tmp_path / "log"
     with log.open("w") as output:
