@@ -1,14 +1,16 @@
 import json
 import math
 import re
+import shlex
 
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
+from penstock.cli import _parser
 from penstock.errors import SweepError
 from penstock.home import Home
-from penstock.pareto import mark_front
+from penstock.pareto import mark_front, select
 from penstock.tracking import TrackedSAE, Tracker, sweep_table
 from penstock_dashboards.pareto import report, write_html, write_png
 
@@ -26,7 +28,7 @@ def sae(sae_id: str, hook_point: str, architecture: str, l0: float, recovered: f
 
 def table() -> pd.DataFrame:
     return mark_front(pd.DataFrame([
-        sae("late-topk", "blocks.4", "topk", 8, 0.9, k=8),
+        sae("late-topk", "blocks.4", "topk", 8, 0.9, k=8, l1_coefficient=math.nan),
         sae("late-gated", "blocks.4", "gated", 9, 0.8, l1_coefficient=0.5),
         sae("early-topk", "blocks.1", "topk", 16, 0.95, k=16),
         sae("early-new", "blocks.1", "brand_new", 0, 0.2),
@@ -41,13 +43,10 @@ def baselines() -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def figure_of(page: str) -> tuple[list[dict], dict]:
-    """The traces and the layout that the page gives to plotly."""
-    start = page.rindex("Plotly.newPlot(")
-    decoder = json.JSONDecoder()
-    traces, end = decoder.raw_decode(page, page.index("[{", start))
-    layout, _ = decoder.raw_decode(page, page.index("{", end))
-    return traces, layout
+def data_of(page: str) -> dict:
+    """What the page gives to its script: the panels, and what is known of every mark."""
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1]
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_the_png_is_a_picture_with_a_panel_a_hook_point(tmp_path):
@@ -67,29 +66,71 @@ def test_the_png_needs_neither_baselines_nor_a_finite_band(tmp_path):
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     page = write_html(table(), baselines(), tmp_path / "p.html", title="demo").read_text()
     assert not re.search(r"""<(?:script|link|img)[^>]*(?:src|href)=""", page)
+    assert "default-src 'none'" in page
     assert len(page) > 3_000_000  # plotly itself is inside
 
 
 def test_the_page_draws_every_evaluated_sae_the_front_and_the_baselines(tmp_path):
     page = write_html(table(), baselines(), tmp_path / "p.html", title="demo", l0_band=(5.0, 20.0)).read_text()
-    traces, layout = figure_of(page)
-    hovers = " ".join(text for trace in traces for text in trace.get("text", []))
-    assert all(sae_id in hovers for sae_id in ("late-topk", "late-gated", "early-topk", "early-new"))
-    assert "lost" not in hovers
-    assert "l1_coefficient 0.5" in hovers and "CE recovered 0.9000" in hovers and "mse 16" in hovers
-    names = [trace["name"] for trace in traces if trace.get("showlegend", True)]
-    assert sorted(names) == sorted(
-        ["top-k neurons", "top-k PCA", "frozen random decoder", "front", "topk", "gated", "brand_new"]
-    )
-    assert [note["text"] for note in layout["annotations"]] == ["blocks.4", "blocks.1"]
+    data = data_of(page)
+    assert [panel["hook_point"] for panel in data["panels"]] == ["blocks.1", "blocks.4"]
+    early, late = ({trace["name"]: trace for trace in panel["data"]} for panel in data["panels"])
+    assert list(early) == ["front", "topk", "brand_new"]
+    assert list(late) == ["top-k neurons", "top-k PCA", "frozen random decoder", "front", "gated", "topk"]
+    assert late["topk"]["customdata"] == ["late-topk"] and early["topk"]["x"] == [16.0]
+    assert "lost" not in json.dumps(data["panels"]) and "lost" in data["marks"]
+    assert [shape["x0"] for shape in data["panels"][0]["layout"]["shapes"]] == [5.0]
+
+
+def test_a_mark_has_all_settings_and_figures(tmp_path):
+    marks = data_of(write_html(table(), baselines(), tmp_path / "p.html", title="demo").read_text())["marks"]
+    gated = marks["late-gated"]
+    assert gated["settings"] == [["d_sae", "64"], ["l1_coefficient", "0.5"]]
+    assert gated["figures"][:2] == [["L0", "9.00"], ["CE recovered", "0.8000"]]
+    assert gated["measured"] == [["mse", "9"]] and gated["note"] == "not on the front, finished"
+    assert marks["lost"]["note"] == "diverged" and marks["lost"]["commands"] == []
+    assert marks["baseline pca 8 blocks.4"]["figures"] == [["L0", "8.00"], ["CE recovered", "0.1250"]]
+
+
+def test_the_command_of_an_sae_pulls_that_sae_and_no_other(tmp_path):
+    crowd = mark_front(pd.DataFrame([
+        *[sae(f"s{l0}", "blocks.0", "standard", l0, 0.5 + l0 / 100) for l0 in (8.0, 8.25, 8.26, 8.2601, 30.5)],
+        sae("twin-better", "blocks.0", "topk", 8, 0.9, k=8), sae("twin-worse", "blocks.0", "topk", 8, 0.8, k=8),
+    ]))  # fmt: skip
+    page = write_html(crowd, baselines(), tmp_path / "p.html", title="two words").read_text()
+    marks = data_of(page)["marks"]
+    commands = {sae_id: marks[sae_id]["commands"] for sae_id in crowd["sae_id"]}
+    assert commands.pop("twin-worse") == []  # `pull` takes the better one of the same L0
+    for sae_id, ((_, command), (_, code)) in commands.items():
+        asked = _parser().parse_args(shlex.split(command)[1:])
+        assert asked.sweep == "two words" and asked.to in code
+        assert select(crowd, asked.hook_point, asked.architecture, asked.l0)["sae_id"] == sae_id
+    assert "--l0 30:31" in commands["s30.5"][0][1] and "--l0 8.26:8.26 " in commands["s8.26"][0][1]
+
+
+def test_the_best_sae_stands_beside_each_baseline(tmp_path):
+    page = write_html(table(), baselines(), tmp_path / "p.html", title="demo").read_text()
+    assert "recovers more of the CE in 6 of 6 comparisons" in page
+    assert '<td>topk at L0 8: 0.9000</td><td class="number better">+0.7750</td>' in page  # 0.9 - 8/64
+    weak = table().assign(ce_recovered=0.1)
+    worse = write_html(weak, baselines(), tmp_path / "w.html", title="demo").read_text()
+    assert "in 0 of 6 comparisons" in worse and '<td class="number worse">-0.0250</td>' in worse
+
+
+def test_columns_that_only_follow_the_architecture_wait_to_be_asked_for(tmp_path):
+    rows = [sae(f"{name}{l0}", "blocks.0", name, l0, 0.9, **more)
+            for name, more in (("topk", {"aux": 1.0}), ("gated", {"warm_up": 9})) for l0 in (4, 8)]  # fmt: skip
+    page = write_html(mark_front(pd.DataFrame(rows)), baselines(), tmp_path / "p.html", title="demo").read_text()
+    columns = {name: classes for classes, name in re.findall(r'<th scope="col"([^>]*) data-column="(\w+)">', page)}
+    assert all("more" in columns[name] for name in ("aux", "warm_up", "mse", "d_sae", "status"))
+    assert not any("more" in columns[name] for name in ("hook_point", "architecture", "l0", "ce_recovered", "sae_id"))
 
 
 def test_the_table_below_lists_all_saes_and_marks_the_front(tmp_path):
     page = write_html(table(), baselines(), tmp_path / "p.html", title="demo").read_text()
-    rows = re.findall(r"<tr( class=front)?>(.*?)</tr>", page.split('id="saes"')[1].split("</table>")[0])[1:]
-    assert len(rows) == 5
-    front = {re.search(r'data-value="([^"]*)">[^<]*</td>$', cells)[1] for flag, cells in rows if flag}
-    assert front == {"late-topk", "early-topk", "early-new"}
+    rows = re.findall(r'<tr( class="front")? data-sae="([^"]*)">', page.split('id="saes"')[1].split("</table>")[0])
+    assert [sae_id for _, sae_id in rows] == ["early-new", "early-topk", "lost", "late-topk", "late-gated"]
+    assert {sae_id for flag, sae_id in rows if flag} == {"late-topk", "early-topk", "early-new"}
 
 
 def test_what_a_user_named_is_text_and_never_markup(tmp_path):
@@ -125,6 +166,8 @@ def test_the_report_has_the_summary_the_cost_the_spec_and_the_front(tmp_path):
     page = report(home, "small", tmp_path / "out" / "report.html").read_text()
     assert "<b>123,456</b><span>SAE-tokens a second</span>" in page and "<b>61</b><span>seconds</span>" in page
     assert "# &lt;spec&gt;" in page
-    assert "<td>seconds_total</td><td>61.2</td>" in page
-    assert '<tr class=front><td class="name" data-value="blocks.0">' in page
-    assert "<td>top-k neurons</td><td>blocks.4</td><td>8</td>" in page
+    assert '<td class="name">seconds_total</td><td class="number">61.2</td><td>s</td>' in page
+    assert '<tr class="front" data-sae="s1"><td class="name" data-value="blocks.0">' in page
+    assert '<td class="name">blocks.4</td><td>top-k neurons</td><td class="number">8</td>' in page
+    command = data_of(page)["marks"]["s1"]["commands"][0][1]
+    assert command.startswith("penstock pull id-1 ") and command.endswith(f"--home {home.path}")

@@ -1,0 +1,134 @@
+"""What the plot and the page share: how an architecture and a baseline look, which rows are drawn, and where.
+
+The colours are the Okabe-Ito palette, which colour-blind readers tell apart; every architecture has its own marker too.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from penstock.errors import SweepError
+from penstock.pareto import Band
+
+
+@dataclass(frozen=True)
+class Style:
+    """A colour and one marker, by matplotlib's and by plotly's name."""
+
+    colour: str
+    marker: str
+    symbol: str
+
+
+STYLES = {
+    "standard": Style("#0072B2", "o", "circle"),
+    "gated": Style("#D55E00", "s", "square"),
+    "topk": Style("#009E73", "^", "triangle-up"),
+    "batch_topk": Style("#CC79A7", "D", "diamond"),
+    "jumprelu": Style("#E69F00", "P", "cross"),
+    "matryoshka": Style("#56B4E9", "v", "triangle-down"),
+}
+OTHERS = (Style("#AA4499", "X", "x"), Style("#999933", "p", "pentagon"), Style("#8C6D46", "h", "hexagon"))
+BASELINES = {  # label, matplotlib's line style, plotly's
+    "neurons": ("top-k neurons", (0, (5, 2)), "dash"),
+    "pca": ("top-k PCA", (0, (1.2, 1.6)), "dot"),
+    "frozen_decoder": ("frozen random decoder", (0, (6, 2, 1.2, 2)), "dashdot"),
+}
+X_LABEL, Y_LABEL = "L0 (active latents a token)", "CE recovered"
+FIGURES = {  # label, decimals
+    "l0": ("L0", 2),
+    "ce_recovered": ("CE recovered", 4),
+    "kl_recovered": ("KL recovered", 4),
+    "explained_variance": ("explained variance", 4),
+    "dead_fraction": ("dead fraction", 3),
+}
+_DENSE_TICKS = 3000.0  # the widest range of L0 (high over low) that has ticks at 1, 2 and 5
+
+
+def drawn_points(table: pd.DataFrame) -> pd.DataFrame:
+    """The SAEs that have figures, by L0; `x` is where they stand on the log axis. Raises `SweepError` for none."""
+    points = table[table["l0"].notna() & table["ce_recovered"].notna()] if "l0" in table else table.iloc[:0]
+    if points.empty:
+        raise SweepError("there is nothing to draw: no SAE of this sweep has been evaluated")
+    points = points.assign(x=points["l0"].astype(float).clip(lower=0.1), on_front=points["on_front"].astype(bool))
+    return points.sort_values(["x", "ce_recovered"], kind="stable")
+
+
+def baseline_points(baselines: pd.DataFrame) -> pd.DataFrame:
+    """The baselines that have figures, along each kind's axis of k."""
+    if baselines.empty:
+        return pd.DataFrame(columns=["kind", "hook_point", "k", "l0", "ce_recovered", "x"])
+    kept = baselines[baselines["kind"].isin(list(BASELINES)) & baselines["ce_recovered"].notna()]
+    kept = kept.assign(x=kept["l0"].astype(float).clip(lower=0.1))
+    return kept.sort_values(["hook_point", "kind", "x"], kind="stable")
+
+
+def lead(points: pd.DataFrame) -> str:
+    count, on_front = len(points), int(points["on_front"].sum())
+    saes = "1 SAE" if count == 1 else f"{count} SAEs"
+    return f"{saes}, {on_front} on the front of their hook point; up and to the left is better"
+
+
+def band_text(l0_band: Band) -> str:
+    low, high = l0_band
+    if math.isinf(high):
+        return f"L0 of {low:g} or more"
+    return f"L0 {low:g} to {high:g}" if low > 0 else f"L0 up to {high:g}"
+
+
+def drawn_hook_points(table: pd.DataFrame, points: pd.DataFrame) -> list[str]:
+    """The hook points that have points, in the table's order."""
+    drawn = set(points["hook_point"])
+    return [name for name in dict.fromkeys(table["hook_point"]) if name in drawn]
+
+
+def at_hook(rows: pd.DataFrame, hook_point: str) -> pd.DataFrame:
+    return rows[rows["hook_point"] == hook_point]
+
+
+def by_architecture(points: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    ordered = [*STYLES, *sorted(set(points["architecture"]) - set(STYLES))]
+    for name in ordered:
+        if (points["architecture"] == name).any():
+            yield name, points[points["architecture"] == name]
+
+
+def by_kind(baselines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    for kind in BASELINES:
+        if (baselines["kind"] == kind).any():
+            yield kind, baselines[baselines["kind"] == kind]
+
+
+def style_of(architecture: str) -> Style:
+    return STYLES.get(architecture) or OTHERS[sum(architecture.encode()) % len(OTHERS)]
+
+
+def ranges(points: pd.DataFrame, baselines: pd.DataFrame) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The axes' limits: all L0s; CE recovered from the lowest (0 at the lowest, worse lies below the plot) to 1."""
+    x = [*points["x"], *baselines["x"]]
+    y = [*points["ce_recovered"].astype(float), *baselines["ce_recovered"].astype(float)]
+    low, high = max(min(y), 0.0), max(max(y), 1.0)
+    margin = 0.05 * max(high - low, 0.02)
+    return (min(x) / 1.25, max(x) * 1.25), (low - margin, high + margin)
+
+
+def ticks(x_range: tuple[float, float]) -> list[float]:
+    low, high = x_range
+    steps = (1, 2, 5) if high / low <= _DENSE_TICKS else (1,)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for exponent in exponents for step in steps if low <= (tick := step * 10.0**exponent) <= high]
+
+
+def known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value)) and value is not pd.NA
+
+
+def text_of(value: Any, decimals: int | None = None) -> str:
+    if not known(value):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{decimals}f}" if decimals is not None else f"{value:.6g}"
+    return str(value)
