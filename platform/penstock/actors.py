@@ -21,7 +21,7 @@ from penstock.model_host import ModelHost
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.storage import Storage
-from penstock.stream import BlockInfo, Stream, StreamState
+from penstock.stream import BlockInfo, HostGoneError, Stream, StreamState
 from penstock.tokens import TokenStore
 from sae_core import calibrate
 from sae_core.evaluation import EvaluationSums
@@ -121,6 +121,8 @@ class _RayHost:
             try:
                 await self._handle.ping.remote()
                 return
+            except ray.exceptions.ActorDiedError as error:  # a killed host is restarted; this one failed to build
+                raise HostGoneError(str(error)) from None
             except ray.exceptions.RayError:
                 await asyncio.sleep(1.0)
 

@@ -51,6 +51,10 @@ class Work:
     hook_points: tuple[str, ...]
 
 
+class HostGoneError(Exception):
+    """A model host could not even be built, and never will be."""
+
+
 class LeaseLostError(Exception):
     """The pack made no progress for too long, or never attached: it has to attach again."""
 
@@ -229,7 +233,8 @@ class Host(Protocol):
 
     async def harvest(self, block: int, hook_points: Sequence[str]) -> tuple[dict[str, Any], "BlockInfo"]: ...
 
-    async def wait_until_up(self) -> None: ...
+    async def wait_until_up(self) -> None:
+        """Return when the host answers again. Raises `HostGoneError` when it never will."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,7 @@ class Stream:
     ) -> None:
         self.state = state
         self._hosts = hosts
+        self._gone = 0
         self._clock = clock
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -333,11 +339,10 @@ class Stream:
         try:
             objects, info = await host.harvest(work.block, work.hook_points)
         except Exception as error:  # whatever a host dies of, the block is made again elsewhere
-            self.state.failed(work, f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+            self.state.failed(work, _last_line(error))
             self._log(f"host {work.host} lost block {work.block} ({type(error).__name__}); it is made again")
             await self._notify()
-            await host.wait_until_up()
-            self.state.host_back(work.host)
+            await self._bring_back(work.host)
         else:
             self.state.produced(work, objects)
             self._cost["blocks_made"] += 1
@@ -346,6 +351,22 @@ class Stream:
             self._cost["harvest_seconds"] += info.seconds
         await self._notify()
 
+    async def _bring_back(self, index: int) -> None:
+        try:
+            await self._hosts[index].wait_until_up()
+            self.state.host_back(index)
+        except HostGoneError as error:
+            self._gone += 1
+            self._log(f"host {index} is gone for good: {_last_line(error)}")
+            if self._gone == len(self._hosts):
+                self.state.fatal = f"no model host is left: {_last_line(error)}"
+
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says in the end; an error from another process brings that one's traceback before it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

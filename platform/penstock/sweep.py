@@ -154,11 +154,16 @@ class Driver:
             self._print_front()
             return 0
         trials = self._start_trials()
-        with self._phase("train"):
-            self._follow(trials)
-        with self._phase("evaluate"):
-            self._evaluate()
-        return self._finish()
+        try:
+            with self._phase("train"):
+                self._follow(trials)
+            with self._phase("evaluate"):
+                self._evaluate()
+            return self._finish()
+        except BaseException as error:
+            if self._tracker is not None:
+                self._tracker.interrupt(f"{type(error).__name__}: {error}")
+            raise
 
     def close(self) -> None:
         """Stop what this driver started."""
@@ -359,14 +364,13 @@ class Driver:
         from penstock.tracking import TrackedSAE, Tracker
 
         self._tracker = Tracker(self.home, self.spec.name, self.sweep_id)
-        resolved = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         tracked = [TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline) for sae in self.saes]
         params = {
             "model": self.spec.model.name, "dataset": self.spec.data.dataset, "train_tokens": self.spec.train.tokens,
             "batch_tokens": self.spec.train.batch_tokens, "saes": len(self.saes), "code": code_hash(),
             "protocol": protocol_id(self._protocol()),
         }  # fmt: skip
-        self._tracker.open(resolved, params, tracked)
+        self._tracker.open(self._resolved_spec(), params, tracked)
 
     def _follow(self, trials: "_Trials") -> None:
         """Pass on what the packs report until the last trial has ended. Raises what stopped the sweep."""
@@ -501,6 +505,8 @@ class Driver:
                     self.say("a model host died while evaluating; its slice is made again")
                     todo.insert(0, part)
                     time.sleep(1.0)
+                except UserError as error:  # it comes with the host's traceback around it
+                    raise getattr(error, "cause", error) from None
                 else:
                     self._add(running[part[0]], part[0], sums)
                 idle.append(host)
@@ -616,10 +622,15 @@ class Driver:
 
         folder = self.home.path / "reports" / self.sweep_id
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "pareto.png", folder / "pareto.html"]
-        for write, path in zip((write_png, write_html), paths, strict=True):
-            write(table, baselines, path, title=self.spec.name, l0_band=self.spec.select.l0_band)
-        return paths
+        png, page, protocol_file = (folder / name for name in ("pareto.png", "pareto.html", "protocol.json"))
+        band = self.spec.select.l0_band
+        write_png(table, baselines, png, title=self.spec.name, l0_band=band)
+        write_html(table, baselines, page, title=self.spec.name, l0_band=band, spec=self._resolved_spec())
+        protocol_file.write_text(json.dumps(self._protocol(), indent=1) + "\n")
+        return [png, page, protocol_file]
+
+    def _resolved_spec(self) -> str:
+        return yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def _print_front(self) -> None:
         from penstock.cli import format_front

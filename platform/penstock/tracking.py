@@ -281,6 +281,15 @@ class Tracker:
         self._write(self._parent, metrics=spent, tags={"status": status, LOGGED_TABLES: json.dumps(tables)})
         self._client.set_terminated(self._parent, _RUN_STATUS[status])
 
+    def interrupt(self, reason: str) -> None:
+        """End what has not ended, as killed and with the reason: the sweep was stopped, and may go on another time."""
+        for sae_id, run_id in self._runs.items():
+            if sae_id not in self._ended:
+                self._write(run_id, tags={"status": "interrupted"})
+                self._client.set_terminated(run_id, "KILLED")
+        self._write(self._parent, tags={"status": "interrupted", "reason": reason})
+        self._client.set_terminated(self._parent, "KILLED")
+
     def _tag_front(self, front: pd.DataFrame) -> None:
         marked = {row["sae_id"]: (bool(row.get("on_front")), bool(row.get("on_overall_front")))
                   for row in front.to_dict("records")}  # fmt: skip

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from penstock.stream import BARRIER_SECONDS, BlockInfo, LeaseLostError, Stream, StreamState
+from penstock.stream import BARRIER_SECONDS, BlockInfo, HostGoneError, LeaseLostError, Stream, StreamState
 
 A, B = "blocks.1.hook_resid_post", "blocks.4.hook_resid_post"
 
@@ -216,3 +216,26 @@ def test_every_pack_reads_every_block_once_in_order_over_dying_hosts():
     assert sorted(hosts[0].made + hosts[1].made) == list(range(12))
     assert {event["pack"] for event in mail if event["kind"] == "finished"} == {"a", "b"}
     assert any("lost block" in event["message"] for event in mail if event["kind"] == "log")
+
+
+class HostThatCannotBeBuilt:
+    async def harvest(self, block, hook_points):
+        raise ConnectionError("died in its creation task")
+
+    async def wait_until_up(self):
+        raise HostGoneError("Traceback ...\nModelError: model.name './tiny' is not a complete model")
+
+
+def test_a_sweep_whose_hosts_cannot_be_built_ends_with_the_reason():
+    async def scenario():
+        state = StreamState(4, 2, n_hosts=1)
+        state.expect({"a": [A]}, 0, {})
+        state.open_cohort(0, 0.0)
+        stream = Stream(state, [HostThatCannotBeBuilt()])
+        pump = asyncio.ensure_future(stream.pump())
+        await stream.attach("a", 0)
+        with pytest.raises(RuntimeError, match="no model host is left: ModelError"):
+            await asyncio.wait_for(stream.next_block("a", 0), timeout=20)
+        pump.cancel()
+
+    asyncio.run(scenario())
