@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,11 @@ TRIAL_MEMORY = 512 * 2**20
 
 
 def plan_command(spec_path: str | Path, home: Home) -> str:
-    """What `penstock plan` prints. Tokenises if that has not been done (nothing else is run)."""
+    """What `penstock plan` prints. It runs nothing, and tokenises where that has not been done: a run finds it so."""
     spec, model = read_sweep(spec_path)
     storage = Storage(home.storage_uri(spec.storage))
-    store = build_token_store(spec.data, spec.model, spec.train, storage)
+    say = partial(print, file=sys.stderr, flush=True)
+    store = build_token_store(spec.data, spec.model, spec.train, storage, progress=say)
     saes = plan_saes(spec, model, store.train_id)
     left = [sae for sae in saes if not _is_done(storage, sae)]
     packs = plan_packs(spec, left)

@@ -124,7 +124,7 @@ def test_the_same_spec_again_does_nothing_and_one_more_k_trains_one_sae(submitte
 
 
 def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head, write_spec, tmp_path):
-    """SIGKILL of a Train worker, of a model host and of the driver, then the same spec again."""
+    """A second driver is sent away; a Train worker, a model host and the driver are killed; then the same again."""
     home, _, _ = submitted
     broken = tmp_path / "home"
     # How often a run is saved and how many hosts there are changes nothing of its identity.
@@ -135,6 +135,8 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
     with log.open("w") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=output, cwd=tmp_path, env={**os.environ})
         try:
+            wait_for(lambda: "starting" in log.read_text() and "sweep id" in log.read_text(), driver, log)
+            second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
             wait_for(lambda: "first step" in log.read_text() and head.processes("ray::RayTrainWorker"), driver, log)
             head.processes("ray::RayTrainWorker")[0].kill()
             host = head.processes("ray::HostActor")[0]
@@ -143,6 +145,8 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
         finally:
             driver.kill()
             driver.wait()
+    _, complaint = second.communicate(timeout=60)
+    assert second.returncode == 2 and "is running on this cluster already" in complaint, complaint
     wait_for(lambda: not head.processes("ray::HostActor"), None, log)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
     assert done.returncode == 0, log.read_text() + done.stdout + done.stderr
