@@ -15,13 +15,13 @@ import ray
 from safetensors.torch import save as save_tensors
 
 from penstock.activations import from_wire
-from penstock.evaluate import Subject, load_subject
 from penstock.identity import check_code
 from penstock.model_host import ModelHost
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.storage import Storage
 from penstock.stream import BlockInfo, HostGoneError, Stream, StreamState
+from penstock.subjects import Subject, load_subject
 from penstock.tokens import TokenStore
 from sae_core import calibrate
 from sae_core.evaluation import EvaluationSums

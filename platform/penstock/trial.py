@@ -1,10 +1,14 @@
-"""A pack as a Tune trial: `run_pack` runs a Ray Train run of one worker, and starts it again while that helps.
+"""The packs as Tune trials. `Trials` is the driver's side; `run_pack`, the trial itself, runs a Ray Train run of one
+worker and starts it again while that helps.
 
 Light on purpose: the trial's process and Ray Train's controller load this module and neither needs torch. What the
 worker needs travels pickled, and only the worker opens it.
 """
 
+import logging
 import pickle
+import threading
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +18,7 @@ from penstock.storage import Storage
 
 TRIES_WITHOUT_PROGRESS = 3
 PAUSE_SECONDS = 600.0
+TRIAL_MEMORY = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,60 @@ def progress(job: TrialJob) -> tuple[int, ...]:
             names = job.storage.names(f"{folder}/checkpoints")
             reached.append(int(names[-1].removeprefix("step-")) if names else 0)
     return tuple(reached)
+
+
+class Trials:
+    """The packs as Tune trials, in a thread of their own: Tune blocks until the last one has ended."""
+
+    def __init__(self, jobs: Mapping[str, Any], stream: Any, slots: int, storage: Storage, name: str) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(jobs, stream, slots, storage, name), name="tune", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait a while; whether the trials are still running."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise what Tune itself died of; a trial's own failure is seen in its SAEs."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, jobs: Mapping[str, Any], stream: Any, slots: int, storage: Storage, name: str) -> None:
+        if not jobs:
+            return
+        try:
+            from ray import tune
+            from ray.tune.progress_reporter import TrialProgressCallback
+
+            # A trial reports nothing to Tune itself: what it has to say goes through the stream.
+            logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+            class Silent(TrialProgressCallback):
+                """The driver shows the progress of the packs itself."""
+
+                def _print(self, msg: str) -> None:
+                    pass
+
+            trainable = tune.with_resources(
+                tune.with_parameters(run_pack, jobs=dict(jobs), stream=stream), {"cpu": 0, "memory": TRIAL_MEMORY}
+            )
+            results = tune.Tuner(
+                trainable,
+                param_space={"pack": tune.grid_search(list(jobs))},
+                tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+                run_config=tune.RunConfig(
+                    name=f"tune-{name}",
+                    storage_path=storage.path("ray") if storage.is_local else f"{storage.uri}/ray",
+                    failure_config=tune.FailureConfig(max_failures=3),
+                    callbacks=[Silent()],
+                    verbose=0,
+                ),
+            ).fit()
+            for error in results.errors:
+                traceback.print_exception(error)
+        except BaseException as error:  # carried over to the driver's thread
+            self._error = error

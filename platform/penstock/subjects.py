@@ -3,12 +3,10 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load as load_tensors
 from torch import nn
 
-from penstock.identity import content_id
 from penstock.storage import Storage
 from sae_core import SAE, Calibration
 from sae_core.baselines import TopKBasis
@@ -38,24 +36,3 @@ def load_subject(subject: Subject, storage: Storage) -> nn.Module:
         for name, data in storage.read_folder(subject.source).items():
             (Path(folder) / name).write_bytes(data)
         return SAE.load(folder)
-
-
-def protocol(spec: Any, tokens_id: str) -> dict[str, Any]:
-    """What the numbers depend on beside the SAE: it is recorded beside them."""
-    return {
-        "version": 1,
-        "dataset": spec.data.dataset,
-        "split": "report",
-        "tokens": tokens_id,
-        "report_tokens": spec.data.report_tokens,
-        "context_size": spec.data.context_size,
-        "bos": spec.data.bos,
-        "ablation": "zero",
-        "exclude": spec.data.exclude.model_dump(),
-        "dtype": spec.model.dtype,
-        "processing": spec.model.processing,
-    }
-
-
-def protocol_id(described: dict[str, Any]) -> str:
-    return content_id(described)

@@ -1,0 +1,121 @@
+"""A sweep once its tokens are known: its SAEs by id, what is left of them, and where everything lies in storage."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from penstock.batches import Schedule
+from penstock.home import Home
+from penstock.identity import code_hash, content_id
+from penstock.models import ModelDescription
+from penstock.plan import PlannedSAE, plan_saes, stream_identity
+from penstock.spec import SweepSpec
+from penstock.storage import Storage
+from penstock.tokens import TokenStore
+
+
+@dataclass(frozen=True)
+class ResolvedSweep:
+    """What a spec comes to with its model and tokens."""
+
+    spec: SweepSpec
+    model: ModelDescription
+    store: TokenStore
+    storage: Storage
+    home: Home
+
+    @cached_property
+    def saes(self) -> list[PlannedSAE]:
+        """Every SAE, baselines with a frozen decoder included."""
+        return plan_saes(self.spec, self.model, self.store.train_id)
+
+    @cached_property
+    def sweep_id(self) -> str:
+        return content_id([self.spec.name, sorted(sae.sae_id for sae in self.saes), self.protocol])
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        kept = tuple(int(count) for count in self.store.kept_per_block)
+        return Schedule(kept, self.spec.train.batch_tokens, self.spec.train.steps)
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """What the figures depend on beside the SAE: it is recorded beside them."""
+        data, model = self.spec.data, self.spec.model
+        return {
+            "version": 1,
+            "dataset": data.dataset,
+            "split": "report",
+            "tokens": self.store.id,
+            "report_tokens": data.report_tokens,
+            "context_size": data.context_size,
+            "bos": data.bos,
+            "ablation": "zero",
+            "exclude": data.exclude.model_dump(),
+            "dtype": model.dtype,
+            "processing": model.processing,
+        }
+
+    @property
+    def protocol_id(self) -> str:
+        return content_id(self.protocol)
+
+    @property
+    def yaml(self) -> str:
+        """The spec with every default written out."""
+        return yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What every `cfg.json` says of its origin, in the names that SAELens' tools read and in ours."""
+        data = self.spec.data
+        return {
+            "model_name": self.spec.model.name,
+            "model_class_name": "TransformerBridge",
+            "model_processing": self.spec.model.processing,
+            "model_dtype": self.spec.model.dtype,
+            "model_fingerprint": self.model.fingerprint,
+            "context_size": data.context_size,
+            "prepend_bos": data.bos,
+            "dataset_path": data.dataset,
+            "exclude": data.exclude.model_dump(),
+            "data": stream_identity(data, self.store.train_id),
+            "code": code_hash(),
+        }
+
+    # ---- where things lie ----
+
+    @property
+    def calibration_folder(self) -> str:
+        """Calibrations lie by what their block 0 was made from."""
+        model = [self.model.fingerprint, self.spec.model.dtype, self.spec.model.processing]
+        return f"calibration/{content_id([model, stream_identity(self.spec.data, self.store.train_id)])}"
+
+    def calibration_file(self, hook_point: str) -> str:
+        return f"{self.calibration_folder}/{hook_point}.safetensors"
+
+    @property
+    def attempt_file(self) -> str:
+        return f"sweeps/{self.sweep_id}/attempt.json"
+
+    @property
+    def result_file(self) -> str:
+        return f"sweeps/{self.sweep_id}/result.json"
+
+    # ---- what has become of its SAEs ----
+
+    def is_finished(self, sae: PlannedSAE) -> bool:
+        return self.storage.is_committed(f"saes/{sae.sae_id}/final")
+
+    def stopped(self, sae: PlannedSAE) -> dict[str, Any]:
+        """Why an SAE was stopped; empty where it was not."""
+        name = f"saes/{sae.sae_id}/stopped.json"
+        return self.storage.read_json(name) if self.storage.exists(name) else {}
+
+    def left(self) -> list[PlannedSAE]:
+        """The SAEs still to be trained. One that diverged is none of them: the same numbers would diverge again."""
+        return [
+            sae for sae in self.saes if not self.is_finished(sae) and self.stopped(sae).get("status") != "diverged"
+        ]

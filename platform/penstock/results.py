@@ -1,0 +1,107 @@
+"""What a sweep came to: the table, the baselines, the plots, and all of it in MLflow."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from penstock.evaluation import bases, figures_file
+from penstock.pareto import mark_front
+from penstock.plan import FROZEN_DECODER, PlannedSAE
+from penstock.resolved import ResolvedSweep
+from penstock.subjects import Subject
+
+if TYPE_CHECKING:
+    from penstock.tracking import Tracker
+
+SETTLED = ("finished", "diverged")
+
+
+def outcome(sweep: ResolvedSweep, sae: PlannedSAE) -> tuple[str, dict[str, float], str | None]:
+    """(status, final figures, why it was stopped) of an SAE."""
+    if sweep.is_finished(sae):
+        summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
+        figures = sweep.storage.read_json(figures_file(sweep, Subject(sae.sae_id, ""), sae.hook_point))["metrics"]
+        # Whether a latent is dead shows over more tokens than the report split has.
+        return "finished", figures | {name: summary[name] for name in ("dead_fraction", "dead_over_tokens")}, None
+    stopped = sweep.stopped(sae)
+    return stopped.get("status", "failed"), {}, stopped.get("reason", "its pack never finished it")
+
+
+def sae_table(sweep: ResolvedSweep) -> pd.DataFrame:
+    """One row an SAE, baselines left out: its settings, figures, status and whether it is on the front."""
+    rows = []
+    for sae in sweep.saes:
+        if sae.baseline is None:
+            status, figures, _ = outcome(sweep, sae)
+            rows.append({"sae_id": sae.sae_id, **sae.params, **figures, "status": status})
+    table = pd.DataFrame(rows)
+    for column in ("l0", "ce_recovered"):
+        if column not in table:
+            table[column] = float("nan")
+    return mark_front(table, sweep.spec.select.l0_band)
+
+
+def baseline_table(sweep: ResolvedSweep) -> pd.DataFrame:
+    """One row a baseline: kind, hook_point, k and its figures."""
+    rows = []
+    for hook_point in sweep.spec.hook_points:
+        for basis in bases(sweep, hook_point):
+            figures = sweep.storage.read_json(figures_file(sweep, basis, hook_point))["metrics"]
+            rows.append({"kind": basis.basis, "hook_point": hook_point, "k": basis.k, **figures})
+    for sae in sweep.saes:
+        if sae.baseline is not None and sweep.is_finished(sae):
+            _, figures, _ = outcome(sweep, sae)
+            rows.append({"kind": FROZEN_DECODER, "hook_point": sae.hook_point, "k": sae.params["k"], **figures})
+    return pd.DataFrame(rows, columns=None if rows else ["kind", "hook_point", "k", "l0", "ce_recovered"])
+
+
+def publish(sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float]) -> pd.DataFrame:
+    """Log every SAE's end, the tables, the plots and the cost. Returns the table."""
+    for sae in sweep.saes:
+        _publish_sae(sweep, tracker, sae)
+    table, baselines = sae_table(sweep), baseline_table(sweep)
+    status = "finished" if table["status"].isin(SETTLED).all() else "failed"
+    files = _write_files(sweep, table, baselines)
+    tracker.finish_sweep(status=status, front=table, baselines=baselines, cost=cost, files=files)
+    if status == "finished":
+        record = {"saes": [sae.sae_id for sae in sweep.saes], "cost": dict(cost)}
+        sweep.storage.write_json(sweep.result_file, record)
+    return table
+
+
+def report_folder(sweep: ResolvedSweep) -> Path:
+    return sweep.home.path / "reports" / sweep.sweep_id
+
+
+def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE) -> None:
+    status, figures, reason = outcome(sweep, sae)
+    if status == "finished":
+        files = sweep.storage.read_folder(f"saes/{sae.sae_id}/final")
+        history = json.loads(files.pop("summary.json"))["history"]
+    else:
+        files, history = {}, sweep.stopped(sae).get("history", [])
+    tracker.log_rows(sae.sae_id, history)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        tracker.finish_sae(
+            sae.sae_id, status=status, metrics=figures, folder=folder if files else None, reason=reason
+        )
+
+
+def _write_files(sweep: ResolvedSweep, table: Any, baselines: Any) -> Sequence[Path]:
+    from penstock_dashboards.pareto import write_html, write_png
+
+    folder = report_folder(sweep)
+    folder.mkdir(parents=True, exist_ok=True)
+    png, page, protocol = (folder / name for name in ("pareto.png", "pareto.html", "protocol.json"))
+    common = {"title": sweep.spec.name, "l0_band": sweep.spec.select.l0_band}
+    write_png(table, baselines, png, **common)
+    write_html(table, baselines, page, **common, spec=sweep.yaml)
+    protocol.write_text(json.dumps(sweep.protocol, indent=1) + "\n")
+    return [png, page, protocol]
