@@ -33,13 +33,13 @@ from common import ROOT, Comparison, interleaved, machine, medians, parser, repo
 
 from penstock.batches import Schedule, batches
 from penstock.demo import MODEL_FOLDER, documents
-from penstock.evaluate import Subject, load_subject
 from penstock.model_host import ModelHost
 from penstock.pack import Pack
 from penstock.plan import members, plan_packs, plan_saes, read_sweep, training_settings
 from penstock.spec import SweepSpec
 from penstock.splits import Split, document_hash, split_of
 from penstock.storage import Storage
+from penstock.subjects import Subject, load_subject
 from penstock.tokens import build_token_store
 from sae_core import calibrate
 
