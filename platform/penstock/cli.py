@@ -74,10 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
     run.add_argument("--address", metavar="A", help="a running Ray cluster (auto, HOST:PORT); a local Ray unless given")
 
+    _add_code_change(run)
+
     submit = command("submit", _submit, "submit a sweep as a job to a Ray cluster")
     submit.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
     submit.add_argument("--address", metavar="URL", required=True, help="the cluster's job server, http://HOST:8265")
     submit.add_argument("--follow", action="store_true", help="show the job's log and end with its exit status")
+    _add_code_change(submit)
 
     command("list", _list, "list the sweeps there are")
 
@@ -101,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     ui = command("ui", _ui, "serve the MLflow UI on this machine until Ctrl-C")
     ui.add_argument("--port", metavar="N", type=int, help="the port; a free one unless given")
     return parser
+
+
+def _add_code_change(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-code-change", action="store_true", help="resume from checkpoints that other source code has written"
+    )
 
 
 def _add_band(parser: argparse.ArgumentParser, summary: str) -> None:
@@ -129,13 +138,14 @@ def _plan(arguments: argparse.Namespace, home: Home) -> int:
 def _run(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.sweep import run
 
-    return run(arguments.spec, home, arguments.address)
+    return run(arguments.spec, home, arguments.address, allow_code_change=arguments.allow_code_change)
 
 
 def _submit(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.submit import submit
 
-    return submit(arguments.spec, home, arguments.address, arguments.follow)
+    change = arguments.allow_code_change
+    return submit(arguments.spec, home, arguments.address, arguments.follow, allow_code_change=change)
 
 
 def _list(arguments: argparse.Namespace, home: Home) -> int:

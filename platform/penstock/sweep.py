@@ -421,17 +421,17 @@ class Driver:
         if front.empty:
             return
         best = front.sort_values("ce_recovered").iloc[-1]
-        command, home = _command(), f" --home {self.home.path}"
+        command, home = _command("penstock"), f" --home {self.home.path}"
         print(
             "next\n"
             f"  {command} ui{home}\n"
             f"  {command} pull {self.spec.name} --hook-point {best['hook_point']} --to best-sae{home}\n"
-            f"  {sys.executable} -c 'import sae_core; print(sae_core.SAE.load(\"best-sae\"))'",
+            f"  {_command('python')} -c 'import sae_core; print(sae_core.SAE.load(\"best-sae\"))'",
             flush=True,
         )
 
 
-def _command() -> str:
-    """`penstock` as a user of this environment types it."""
-    beside = Path(sys.executable).with_name("penstock")
-    return os.path.relpath(beside) if beside.exists() and Path.cwd() in beside.parents else "penstock"
+def _command(name: str) -> str:
+    """A command of this environment as its user types it here."""
+    beside = Path(sys.executable).with_name(name)
+    return os.path.relpath(beside) if beside.exists() and Path.cwd() in beside.parents else name
