@@ -86,7 +86,9 @@ def read_config(folder: str | Path) -> SAEConfig:
         raise CheckpointError(f"{folder}: {CONFIG} is missing; expected are {CONFIG} and {WEIGHTS}")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # no JSON, or no text
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
@@ -111,7 +113,7 @@ def _from_flat(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(raw: Mapping[str, Any], path: Path) -> SAEConfig:
     architecture = raw.get("architecture")
-    if architecture not in LOADABLE:
+    if not isinstance(architecture, str) or architecture not in LOADABLE:
         close = nearest(architecture, list(LOADABLE))
         raise CheckpointError(f"{path}: unknown architecture {architecture!r}{close}; known: {', '.join(LOADABLE)}")
     normalize = raw.get("normalize_activations") or "none"
@@ -170,6 +172,8 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.parent}: {path.name} is missing")
     try:
         return load_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file, truncated or damaged ({error})") from None
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sae_core.errors import ConfigError
 
@@ -14,13 +14,21 @@ Model = TypeVar("Model", bound=BaseModel)
 class SAESettings(BaseModel):
     """What every architecture has. An architecture's own settings derive from this in its file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     architecture: str
     d_sae: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
     lr: float | None = Field(default=None, gt=0)
     frozen_decoder: bool = False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_truth_values(cls, value: object, info: ValidationInfo) -> object:
+        """`k: true` is no number, though Python takes it for 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError(f"{info.field_name} is {value}: a truth value, where none is accepted")
+        return value
 
     def coefficient_at(self, step: int) -> float:
         """The coefficient of the sparsity or auxiliary loss at `step` (0-based), warm-up applied."""
@@ -38,7 +46,7 @@ class TrainingSettings(BaseModel):
     (None: the last fifth of the run). A latent is dead that has not fired for `dead_after_tokens` tokens.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0)
     batch_tokens: int = Field(gt=0)

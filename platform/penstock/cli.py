@@ -131,13 +131,29 @@ def _band(text: str) -> tuple[float, float]:
 def _plan(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.sweep import plan_command
 
+    _check_storage(arguments.spec, home)
     print(plan_command(arguments.spec, home))
     return 0
+
+
+def _check_storage(spec_path: str, home: Home) -> None:
+    """Whether the sweep's tokens and checkpoints can be written, before anything is read or started."""
+    from penstock.spec import load_spec
+    from penstock.storage import Storage
+
+    storage = load_spec(spec_path).storage
+    if storage is None:
+        home.check_writable()
+    else:
+        Storage(home.storage_uri(storage)).check_writable()
 
 
 def _run(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.sweep import run
 
+    _check_storage(arguments.spec, home)
+    home.check_writable()
+    home.check_tracking()
     return run(arguments.spec, home, arguments.address, allow_code_change=arguments.allow_code_change)
 
 
@@ -151,6 +167,7 @@ def _submit(arguments: argparse.Namespace, home: Home) -> int:
 def _list(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.tracking import list_sweeps
 
+    home.check_tracking()
     sweeps = list_sweeps(home)
     rows = [[row.name, row.sweep_id, row.status, str(row.saes), f"{row.started.tz_convert(None):%Y-%m-%d %H:%M} UTC"]
             for row in sweeps.itertuples(index=False)]  # fmt: skip
@@ -189,6 +206,7 @@ def _pull(arguments: argparse.Namespace, home: Home) -> int:
 def _report(arguments: argparse.Namespace, home: Home) -> int:
     from penstock_dashboards.pareto import report
 
+    home.check_tracking()
     print(report(home, arguments.sweep, Path(arguments.to)))
     return 0
 

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +40,18 @@ _SHUFFLE_BUFFER_DOCUMENTS = 10_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """`identity` names the content; `read()` begins again at the first document; `stream` is true where the order of
-    `read()` is already random and the end may be far away."""
+    """`identity` names the content, all of which may have to be read for it; `read()` begins again at the first
+    document; `stream` is true where the order of `read()` is already random and the end may be far away. `probe()`
+    reads one document, for a check, where `read()` would first read thousands."""
 
-    identity: str
+    identify: Callable[[], str]
     read: Callable[[], Iterator[Content]]
+    probe: Callable[[], object] = lambda: None
     stream: bool = False
+
+    @cached_property
+    def identity(self) -> str:
+        return self.identify()
 
 
 class Piece(NamedTuple):
@@ -79,7 +86,7 @@ def sampled_pieces(corpus: Corpus, data: DataSpec, wanted: Set[Split], budgets: 
     size = _PIECE_ROWS * data.context_size * (1 if data.tokens_column else _CHARACTERS_A_TOKEN)
     if corpus.stream:
         for document, content in enumerate(corpus.read()):
-            split = split_of(_hash(content))
+            split = split_of_document(content)
             if split in wanted:
                 for part in _cut(content, size):
                     yield Piece(split, document, part)
@@ -130,6 +137,11 @@ def _smallest_keys(
     return ordered, dropped
 
 
+def split_of_document(content: Content) -> Split:
+    """The split that a document belongs to, by its content."""
+    return split_of(_hash(content))
+
+
 def _hash(content: Content) -> bytes:
     return document_hash(content if isinstance(content, str) else content.tobytes())
 
@@ -156,11 +168,16 @@ def _open_demo(data: DataSpec) -> Corpus:
 
     if data.tokens_column:
         raise DataError(f"data.tokens_column {data.tokens_column!r}: the demo corpus has no columns; leave it out")
-    texts = list(demo.documents())
-    digest = blake2b(digest_size=16)
-    for text in texts:
-        digest.update(document_hash(text))
-    return Corpus(f"demo:{digest.hexdigest()}", lambda: iter(texts))
+    texts: list[str] = []  # kept once the whole has been read
+
+    def identify() -> str:
+        texts[:] = demo.documents()
+        digest = blake2b(digest_size=16)
+        for text in texts:
+            digest.update(document_hash(text))
+        return f"demo:{digest.hexdigest()}"
+
+    return Corpus(identify, lambda: iter(texts) if texts else demo.documents())
 
 
 def _open_local(data: DataSpec, root: Path) -> Corpus:
@@ -169,12 +186,15 @@ def _open_local(data: DataSpec, root: Path) -> Corpus:
         raise DataError(f"data.tokens_column {data.tokens_column!r}: text files have no columns; accepted with a "
                         "column of token ids: parquet, arrow, jsonl")  # fmt: skip
     column = data.tokens_column or data.text_column
-    digest = blake2b(f"{kind}/{column}/{bool(data.tokens_column)}".encode(), digest_size=16)
-    try:
-        for file in files:
-            digest.update(_file_digest(file))
-    except OSError as error:
-        raise DataError(f"data.dataset {data.dataset!r} cannot be read: {error}") from None
+
+    def identify() -> str:
+        digest = blake2b(f"{kind}/{column}/{bool(data.tokens_column)}".encode(), digest_size=16)
+        try:
+            for file in files:
+                digest.update(_file_digest(file))
+        except OSError as error:
+            raise DataError(f"data.dataset {data.dataset!r} cannot be read: {error}") from None
+        return f"local:{digest.hexdigest()}"
 
     def read() -> Iterator[Content]:
         empty = True
@@ -188,7 +208,7 @@ def _open_local(data: DataSpec, root: Path) -> Corpus:
             raise DataError(f"data.dataset {data.dataset!r} holds no document"
                             + ("" if kind == "text" else f" in the column {column!r}"))  # fmt: skip
 
-    return Corpus(f"local:{digest.hexdigest()}", read)
+    return Corpus(identify, read)
 
 
 def _files(data: DataSpec, root: Path) -> tuple[list[Path], str]:
@@ -296,9 +316,15 @@ def _checked(value: Any, data: DataSpec, source: str) -> Content:
             raise DataError(f"data.text_column {data.text_column!r} of {source} holds {type(value).__name__}, not text "
                             "(a column of token ids is named by data.tokens_column)")  # fmt: skip
         return value if value.strip() else ""
+    field = f"data.tokens_column {data.tokens_column!r} of {source} holds"
+    if not isinstance(value, list | np.ndarray | None):
+        raise DataError(f"{field} {type(value).__name__}; accepted: a list of token ids a document")
     ids = np.asarray([] if value is None else value)
-    if len(ids) and not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(f"data.tokens_column {data.tokens_column!r} of {source} holds {ids.dtype}, not whole numbers")
+    if ids.size and (ids.ndim > 1 or not np.issubdtype(ids.dtype, np.integer)):
+        kind = {"O": "texts", "U": "texts"}.get(ids.dtype.kind, str(ids.dtype))
+        raise DataError(f"{field} {'lists of lists' if ids.ndim > 1 else kind}, not whole numbers")
+    if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(np.int32).max:
+        raise DataError(f"{field} ids from {ids.min()} to {ids.max()}; accepted: those of the model, 0 or more")
     return ids.astype(np.int32)
 
 
@@ -309,7 +335,7 @@ def _open_hub(data: DataSpec) -> Corpus:
     revision = _hub_revision(data)
     column = data.tokens_column or data.text_column
 
-    def read() -> Iterator[Content]:
+    def read(*, shuffled: bool = True) -> Iterator[Content]:
         import datasets
 
         where = f"hub dataset {data.dataset!r}"
@@ -317,7 +343,9 @@ def _open_hub(data: DataSpec) -> Corpus:
             stream = datasets.load_dataset(
                 data.dataset, data.subset, split=data.hub_split, streaming=True, revision=revision
             )
-            for row in stream.shuffle(seed=data.seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS):
+            if shuffled:
+                stream = stream.shuffle(seed=data.seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS)
+            for row in stream:
                 _require_column(column, list(row), where)
                 content = _checked(row[column], data, where)
                 if len(content):
@@ -326,7 +354,8 @@ def _open_hub(data: DataSpec) -> Corpus:
             raise DataError(f"data.dataset {data.dataset!r} (subset {data.subset!r}, hub_split {data.hub_split!r}) "
                             f"cannot be read from the hub: {_short(error)}") from None  # fmt: skip
 
-    return Corpus(f"hub:{data.dataset}/{data.subset}/{data.hub_split}@{revision}/{column}", read, stream=True)
+    identity = f"hub:{data.dataset}/{data.subset}/{data.hub_split}@{revision}/{column}"
+    return Corpus(lambda: identity, read, lambda: next(read(shuffled=False), None), stream=True)
 
 
 def _hub_revision(data: DataSpec) -> str:

@@ -2,6 +2,7 @@
 otherwise, the token stores and checkpoints."""
 
 import os
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from penstock.errors import SweepError
 
 DEFAULT_HOME = "penstock-home"
+_DATABASES = ("postgresql", "mysql", "mssql")
+_ANSWER_SECONDS = 5
 _RAY_CACHES = ("working_dir_files", "py_modules_files")
 
 
@@ -59,3 +62,56 @@ class Home:
         if spec_storage is None:
             return str(self.path)
         return spec_storage if "://" in spec_storage else os.path.abspath(os.path.expanduser(spec_storage))
+
+    def check_writable(self) -> None:
+        """Raise `SweepError` when a sweep could not be kept here. Leaves nothing behind."""
+        from penstock.storage import Storage
+
+        Storage(self.path).check_writable("the home (--home, PENSTOCK_HOME)")
+
+    def check_tracking(self) -> None:
+        """Raise `SweepError` when no MLflow answers where sweeps are tracked. MLflow itself would try for minutes."""
+        uri = self.tracking_uri
+        problem = None
+        if uri.startswith(("http://", "https://")):
+            problem = _unanswered(uri)
+        elif uri.startswith("sqlite:///"):
+            path = Path(uri.removeprefix("sqlite:///"))
+            problem = "it is a folder; a database is a file" if path.is_dir() else None
+        elif uri.split("+")[0].split(":")[0] in _DATABASES:
+            problem = _refused(uri)
+        if problem:
+            source = "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "the tracking database"
+            raise SweepError(f"{source} {_without_password(uri)!r}: {problem}")
+
+
+def _unanswered(uri: str) -> str | None:
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:  # something answers; whether it lets us in is for MLflow to find out
+        return None
+    except urllib.error.URLError as error:  # MLflow may know certificates that Python does not
+        return None if isinstance(error.reason, ssl.SSLError) else f"no MLflow server answers there ({error.reason})"
+    except (OSError, ValueError) as error:
+        return f"no MLflow server answers there ({error})"
+    return None
+
+
+def _refused(uri: str) -> str | None:
+    import sqlalchemy
+
+    try:
+        sqlalchemy.create_engine(uri).connect().close()
+    except ModuleNotFoundError as error:
+        return f"it needs the Python package {error.name}, which is not installed"
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        return f"the database does not answer ({str(error).splitlines()[0]})"
+    return None
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", uri)

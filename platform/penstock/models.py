@@ -9,6 +9,9 @@ import importlib.util
 import json
 import math
 import runpy
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _PARALLEL = {"gptj", "codegen", "phi", "cohere", "cohere2"}  # attention and MLP read the same residual stream
 _FINGERPRINT_BYTES = 1 << 20
+_HUB_SECONDS = 10
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
@@ -109,7 +113,7 @@ def _load_config(model: ModelSpec, place: Location) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(place.name, revision=place.revision, local_files_only=place.is_local)
+        return AutoConfig.from_pretrained(place.name, revision=place.revision, local_files_only=not may_download(place))
     except _LOAD_ERRORS as error:
         raise ModelError(_reason(model, place, error)) from None
 
@@ -118,9 +122,41 @@ def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
     if place.is_local:
         return (f"model.name {model.name!r}: the folder is not a complete model in Hugging Face format (config.json, "
                 f"model.safetensors, tokenizer.json): {_short(error)}")  # fmt: skip
-    return (f"model.name {model.name!r} is not a folder, and the hub does not give it"
-            f"{f' at revision {place.revision!r}' if place.revision else ''}: {_short(error)}; accepted: `demo`, a "
-            "folder, or the name of a model on the hub")  # fmt: skip
+    near = [] if model.name in _aliases() else difflib.get_close_matches(model.name, _aliases(), n=1, cutoff=0.8)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    at = f" at revision {place.revision!r}" if place.revision else ""
+    why = (
+        _short(error)
+        if may_download(place)
+        else "it cannot be reached, and its cache here has no such model"
+    )
+    return (f"model.name {model.name!r} is not a folder, and the hub does not give it{at}{hint}: {why}; accepted: "
+            "`demo`, a folder, or the name of a model on the hub")  # fmt: skip
+
+
+def may_download(place: Location) -> bool:
+    """Whether the hub is to be asked for a model: not for a folder, nor where the hub cannot be reached."""
+    return not place.is_local and _hub_answers()
+
+
+@cache
+def _hub_answers() -> bool:
+    """Asked once a process: the hub's client would try for half a minute, for every file again, before it looks into
+    its cache."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:  # the client may know certificates that Python does not
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
 
 
 def _short(error: Exception) -> str:
@@ -174,14 +210,23 @@ def _estimated_parameters(config: Any) -> int:
 
 
 def _weight_headers(folder: Path) -> list[dict[str, Any]]:
-    headers = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > path.stat().st_size:
-                raise ModelError(f"{path} is cut short: its header does not fit into it")
-            headers.append(json.loads(stream.read(length)))
-    return headers
+    return [_weight_header(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def _weight_header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise ModelError(f"model.name: {path} is cut short: its header does not fit into it")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"model.name: {path} is damaged: its header is not that of safetensors") from None
+    if size < (expected := 8 + length + max(ends, default=0)):
+        raise ModelError(f"model.name: {path} is cut short: its header names {expected:,} bytes, it has {size:,}")
+    return header
 
 
 def _stored_parameters(headers: Sequence[dict[str, Any]]) -> int:
@@ -207,6 +252,24 @@ def _fingerprint(place: Location, config: Any) -> str:
             stream.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(stream.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()
+
+
+def check_weight_files(model: ModelSpec) -> None:
+    """Raise `ModelError` for a folder that lacks weight files. Whether they hold every weight, loading finds out."""
+    place = location(model)
+    if not place.is_local:
+        return
+    folder = Path(place.name)
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"model.name {model.name!r}: {index.name} is damaged: {_short(error)}") from None
+    if missing := sorted(name for name in named if not (folder / name).is_file()):
+        raise ModelError(f"model.name {model.name!r}: the folder lacks {', '.join(missing[:5])}, which {index.name} "
+                         "names")  # fmt: skip
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ModelError(f"model.name {model.name!r}: the folder holds no weights; accepted: model.safetensors")
 
 
 def check_hook_points(description: ModelDescription, names: Sequence[str]) -> None:

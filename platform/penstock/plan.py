@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from penstock.batches import Schedule
-from penstock.errors import SpecError, SweepError
+from penstock.errors import ConfigError, SpecError, SweepError, UserError
 from penstock.identity import FORMAT, content_id
-from penstock.models import ModelDescription, check_context_size, check_hook_points, describe_model
+from penstock.models import (
+    ModelDescription,
+    check_context_size,
+    check_hook_points,
+    check_weight_files,
+    describe_model,
+)
 from penstock.pack import PackMember
-from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, load_spec
+from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place
+from penstock.tokens import check_data
 from sae_core import SAESettings, TrainingSettings, parse_settings
 
 DEFAULT_DEAD_AFTER_TOKENS = 10_000_000
@@ -112,7 +119,8 @@ def _amount(resources: Mapping[str, float]) -> str:
 
 
 def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
-    """The spec and its model, checked as far as that needs no tokens; local paths in it are made absolute."""
+    """The spec and its model, checked as far as that can be done before anything is started; local paths in it are made
+    absolute. Raises a `UserError` that begins with the file and the line."""
     spec = load_spec(spec_path)
     model, data = spec.model, spec.data
     if model.name != "demo":
@@ -120,9 +128,15 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
     if data.dataset != "demo":
         data = data.model_copy(update={"dataset": _absolute(data.dataset)})
     spec = spec.model_copy(update={"model": model, "data": data})
-    description = describe_model(model)
-    check_hook_points(description, spec.hook_points)
-    check_context_size(description, data.context_size)
+    try:
+        description = describe_model(model)
+        check_weight_files(model)
+        check_hook_points(description, spec.hook_points)
+        check_context_size(description, data.context_size)
+        plan_packs(spec, plan_saes(spec, description, train_id=""))
+        check_data(data, model, spec.train, description.vocab_size)
+    except UserError as error:
+        raise type(error)(f"{place(spec_path, str(error))}: {error}") from None
     return spec, description
 
 
@@ -150,12 +164,7 @@ def plan_saes(spec: SweepSpec, model: ModelDescription, train_id: str) -> list[P
     planned: dict[str, PlannedSAE] = {}
     for hook_point in spec.hook_points:
         d_in = model.hook_points[hook_point]
-        entries = [(parse_settings(settings), None) for settings in spec.sae_settings(d_in)]
-        widest = max(settings.d_sae for settings, _ in entries)
-        for k in spec.baselines.k:
-            settings = parse_settings({"architecture": "topk", "d_sae": widest, "k": k, "frozen_decoder": True})
-            entries.append((settings, FROZEN_DECODER))
-        for settings, baseline in entries:
+        for settings, baseline in _settings_at(spec, d_in):
             identity = {
                 "format": FORMAT,
                 "model": [model.fingerprint, spec.model.dtype, spec.model.processing],
@@ -165,10 +174,33 @@ def plan_saes(spec: SweepSpec, model: ModelDescription, train_id: str) -> list[P
                 "settings": settings.model_dump(),
             }
             sae = PlannedSAE(content_id(identity), hook_point, d_in, settings, baseline)
-            if sae.sae_id in planned:
-                raise SpecError(f"saes: {settings!r} at {hook_point} stands twice; every SAE of a sweep is another one")
             planned[sae.sae_id] = sae
     return list(planned.values())
+
+
+def _settings_at(spec: SweepSpec, d_in: int) -> list[tuple[SAESettings, str | None]]:
+    """The settings of every SAE of a hook point, baselines last. Raises `SpecError` for one that stands twice."""
+    found: dict[SAESettings, tuple[str, str | None]] = {}
+
+    def add(field: str, mapping: Mapping[str, Any], baseline: str | None = None) -> None:
+        try:
+            settings = parse_settings(mapping)
+        except ConfigError as error:
+            raise SpecError(f"{field}: {error}") from None
+        if settings in found:
+            shown = ", ".join(f"{name}: {value}" for name, value in settings.model_dump(exclude_defaults=True).items())
+            raise SpecError(f"{field}: {{{shown}}} is in {found[settings][0]} already; every SAE of a sweep is another "
+                            "one")  # fmt: skip
+        found[settings] = (field, baseline)
+
+    for index, entry in enumerate(spec.saes):
+        for mapping in expand_axes(entry, d_in):
+            add(f"saes[{index}]", mapping)
+    widest = max(settings.d_sae for settings in found)
+    for k in spec.baselines.k:
+        mapping = {"architecture": "topk", "d_sae": widest, "k": k, "frozen_decoder": True}
+        add("baselines.k", mapping, FROZEN_DECODER)
+    return [(settings, baseline) for settings, (_, baseline) in found.items()]
 
 
 def stream_identity(data: DataSpec, train_id: str) -> dict[str, Any]:
@@ -195,7 +227,7 @@ def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]
             need = sae.memory_bytes + sae.activation_bytes(micro_batch)
             if need > limit:
                 raise SweepError(
-                    f"d_sae {sae.settings.d_sae} at {hook_point} needs {need / 1e9:.1f} GB on one worker, and "
+                    f"saes: d_sae {sae.settings.d_sae} at {hook_point} needs {need / 1e9:.1f} GB on one worker, and "
                     f"resources.pack_memory_gb is {limit / 1e9:g}; accepted: a smaller d_sae, a smaller "
                     "train.micro_batch_tokens, or workers with more memory"
                 )

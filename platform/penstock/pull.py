@@ -79,8 +79,11 @@ def pull(
     sparsity.safetensors, which `sae_core.SAE.load` and `sae_lens` read, and penstock.json, which says where it comes
     from. An SAE pulled there earlier is replaced; a folder with anything else in it is refused. Raises `SweepError`.
     """
-    where, folder = _home(home), Path(to)
+    folder = Path(to)
+    if not str(to):
+        raise SweepError("cannot pull to '': name a folder")
     _check_target(folder)
+    where = _home(home)
     runs, row = _pick(where, sweep, hook_point, architecture, l0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,9 @@ def pull(
 
 
 def _home(home: str | Home | None) -> Home:
-    return home if isinstance(home, Home) else Home.resolve(home)
+    where = home if isinstance(home, Home) else Home.resolve(home)
+    where.check_tracking()
+    return where
 
 
 def _pick(

@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from penstock.errors import SpecError
+from penstock.errors import ConfigError, SpecError
 
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
@@ -34,10 +43,18 @@ def parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Cores = Annotated[float, Field(ge=0)]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("a truth value, where none is accepted")
+        return value
 
 
 class ModelSpec(_Section):
@@ -106,10 +123,18 @@ class TrainSpec(_Section):
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
 
+    @property
+    def decay_steps(self) -> int:
+        return self.steps // 5 if self.lr_decay_steps is None else self.lr_decay_steps
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSpec":
         if self.steps < 1:
             raise ValueError(f"tokens {self.tokens} is less than one batch of batch_tokens {self.batch_tokens}")
+        if self.lr_warm_up_steps + self.decay_steps > self.steps:
+            raise ValueError(f"lr_warm_up_steps {self.lr_warm_up_steps} and lr_decay_steps {self.decay_steps} "
+                             f"{'(a fifth of the run unless given) ' if self.lr_decay_steps is None else ''}are more "
+                             f"than the {self.steps} steps of the run (tokens / batch_tokens)")  # fmt: skip
         if self.dead_after_tokens is not None and self.dead_after_tokens > self.tokens // 4:
             raise ValueError(f"dead_after_tokens {self.dead_after_tokens} is more than a quarter of the run "
                              f"({self.tokens // 4} of {self.tokens} tokens)")  # fmt: skip
@@ -119,12 +144,23 @@ class TrainSpec(_Section):
 class SelectSpec(_Section):
     """The L0 band inside which the front is taken, as `LO:HI`."""
 
+    model_config = ConfigDict(allow_inf_nan=True)  # a band may have no upper end
+
     l0_band: tuple[float, float] | None = None
 
     @field_validator("l0_band", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("an L0 band is LO:HI (50:200)")
         return parse_band(value) if isinstance(value, str) else value
+
+    @field_validator("l0_band")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] <= value[1]:
+            raise ValueError("an L0 band is LO:HI with LO at most HI, neither below 0 (50:200)")
+        return value
 
 
 def parse_band(text: str) -> tuple[float, float]:
@@ -143,6 +179,11 @@ class BaselineSpec(_Section):
     """What every SAE has to beat, evaluated the same way at these `k`; an empty list leaves them out."""
 
     k: list[Annotated[int, Field(gt=0)]] = [8, 32]
+
+    @field_validator("k")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        return _all_different(value)
 
 
 class ResourceSpec(_Section):
@@ -163,7 +204,7 @@ class ResourceSpec(_Section):
 class SweepSpec(_Section):
     """Layers x architectures x sparsity values, and what they are trained on."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     storage: str | None = None
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
@@ -174,13 +215,17 @@ class SweepSpec(_Section):
     select: SelectSpec = SelectSpec()
     resources: ResourceSpec = ResourceSpec()
 
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("accepted are letters, digits, `.`, `_` and `-`, a letter or a digit first")
+        return value
+
     @field_validator("hook_points")
     @classmethod
     def _distinct(cls, value: list[str]) -> list[str]:
-        repeated = sorted({name for name in value if value.count(name) > 1})
-        if repeated:
-            raise ValueError(f"named twice: {', '.join(repeated)}")
-        return value
+        return _all_different(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepSpec":
@@ -195,6 +240,13 @@ class SweepSpec(_Section):
     def sae_settings(self, d_in: int) -> list[dict[str, Any]]:
         """One mapping an SAE, with every axis expanded and `d_sae` as a number (`8x` is 8 times `d_in`)."""
         return [resolved for entry in self.saes for resolved in expand_axes(entry, d_in)]
+
+
+def _all_different(values: list[Any]) -> list[Any]:
+    repeated = sorted({str(value) for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"named twice: {', '.join(repeated)}")
+    return values
 
 
 def expand_axes(entry: Mapping[str, Any], d_in: int) -> Iterator[dict[str, Any]]:
@@ -218,30 +270,48 @@ def _width(value: Any, d_in: int) -> Any:
 
 # ---- reading a file -------------------------------------------------------------------------------------------------
 
+Location = tuple[str | int, ...]
+Lines = Mapping[Location, int]
+
 
 def load_spec(path: str | Path) -> SweepSpec:
     """Read and check a spec file. Raises `SpecError` with the line, the field, the value and what is accepted."""
-    path = Path(path)
+    return parse_spec(_read(path), source=str(path))
+
+
+def place(path: str | Path, message: str) -> str:
+    """`FILE, line N`: where a spec that `load_spec` accepts says what a message about it begins with, like
+    `data.dataset 'x': ...` or `saes[1]: k is ...`; the file alone where it is a default that is wrong."""
+    _, lines = _load_with_lines(_read(path))
+    return _place(str(path), lines, _mentioned(message, lines))
+
+
+def _read(path: str | Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read as a sweep spec: {error}") from None
-    return parse_spec(text, source=str(path))
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: cannot be read as a sweep spec: it is not text in UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read as a sweep spec: {error.strerror or error}") from None
 
 
 def parse_spec(text: str, source: str = "spec") -> SweepSpec:
     """Check a spec given as YAML text; `source` names it in messages."""
     try:
         raw, lines = _load_with_lines(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(_describe_yaml(error, source)) from None
+    except RecursionError:
+        raise SpecError(f"{source}: is nested too deeply, or an alias in it refers to itself") from None
     if not isinstance(raw, dict):
-        raise SpecError(f"{source}: holds no sweep spec, but {type(raw).__name__}; it begins with `name: ...`")
+        what = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise SpecError(f"{source}: holds no sweep spec, but {what}; it begins with `name: ...`")
     try:
         spec = SweepSpec.model_validate(raw)
         _check_entries(spec)
     except ValidationError as error:
-        problems = [_describe(problem, lines, source) for problem in error.errors()]
+        unknown_first = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")
+        problems = [_describe(problem, lines, source) for problem in unknown_first]
         raise SpecError("\n".join(problems)) from None
     except _EntryError as error:
         raise SpecError(f"{_place(source, lines, error.location)}: {error.message}") from None
@@ -249,15 +319,18 @@ def parse_spec(text: str, source: str = "spec") -> SweepSpec:
 
 
 class _EntryError(Exception):
-    def __init__(self, location: tuple[str | int, ...], message: str) -> None:
+    def __init__(self, location: Location, message: str) -> None:
         self.location, self.message = location, message
 
 
 def _check_entries(spec: SweepSpec) -> None:
     """Check every SAE of every entry, with a stand-in d_in: what depends on the real one is checked by the plan."""
-    from sae_core.architectures import parse_settings
+    from sae_core.architectures import ARCHITECTURES, parse_settings
 
     for index, entry in enumerate(spec.saes):
+        if "architecture" not in entry:
+            accepted = ", ".join(ARCHITECTURES)
+            raise _EntryError(("saes", index), f"saes[{index}]: architecture is missing; accepted: {accepted}")
         for key, value in entry.items():
             if isinstance(value, list) and not value:
                 raise _EntryError(("saes", index, key), f"{key} is an empty list: an axis needs one value or more")
@@ -266,25 +339,28 @@ def _check_entries(spec: SweepSpec) -> None:
         try:
             for settings in expand_axes(entry, d_in=1 << 20):
                 parse_settings(settings)
-        except (ValueError, SpecError.__base__) as error:
-            named = next((key for key in entry if re.search(rf"\b{re.escape(str(key))}\b", str(error))), None)
+        except (ValueError, ConfigError) as error:
+            named = next((word for word in re.findall(r"\w+", str(error)) if word in entry), None)
             location = ("saes", index, named) if named else ("saes", index)
             raise _EntryError(location, f"saes[{index}]: {error}") from None
 
 
-def _load_with_lines(text: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
+def _load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:
     """The parsed YAML, and the line (from 1) of every key and item by its path."""
-    lines: dict[tuple[str | int, ...], int] = {}
+    lines: dict[Location, int] = {}
 
-    def walk(node: yaml.Node, path: tuple[str | int, ...]) -> None:
+    def walk(node: yaml.Node, path: Location) -> None:
         lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             names: set[str] = set()
             for key, value in node.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.YAMLError(f"line {line}: a key is one word, not a list or a mapping")
                 if key.value in names:
-                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
+                    raise yaml.YAMLError(f"line {line}: the key {key.value!r} stands twice")
                 names.add(key.value)
-                lines[(*path, key.value)] = key.start_mark.line + 1
+                lines[(*path, key.value)] = line
                 walk(value, (*path, key.value))
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
@@ -297,45 +373,89 @@ def _load_with_lines(text: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `4e-4` as a string; people write it as a number."""
+    """Scalars as YAML 1.2 reads them. By 1.1, PyYAML's, `4e-4` is a text, the band `10:20` is the number 620 (to base
+    60), `no` is false, and `2024-01-01` a date."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _place(source: str, lines: Mapping[tuple[str | int, ...], int], location: Sequence[str | int]) -> str:
-    for length in range(len(location), -1, -1):
-        if tuple(location[:length]) in lines:
-            return f"{source}, line {lines[tuple(location[:length])]}"
+def _describe_yaml(error: Exception, source: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{source}: is not YAML: {' '.join(str(error).split())}"
+    problem = error.problem or ""
+    hint = "; indent with spaces" if r"'\t'" in problem else ""
+    return f"{source}, line {mark.line + 1}: is not YAML: {problem} (column {mark.column + 1}){hint}"
+
+
+def _place(source: str, lines: Lines, location: Location) -> str:
+    for length in range(len(location), 0, -1):
+        if location[:length] in lines:
+            return f"{source}, line {lines[location[:length]]}"
     return source
 
 
-def _describe(problem: Mapping[str, Any], lines: Mapping[tuple[str | int, ...], int], source: str) -> str:
-    location = problem["loc"]
-    field = ".".join(str(part) for part in location) or "spec"
-    place = _place(source, lines, location)
-    if problem["type"] == "extra_forbidden":
+def _mentioned(message: str, lines: Lines, section: Location = ()) -> Location:
+    """The path of the first field that a message names, like `tokens`, `train.tokens` or `saes[0]`, of those that a
+    section of the file has."""
+    for word in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*|\[[0-9]+\])*", message):
+        path = (*section, *(int(part) if part.isdigit() else part for part in re.findall(r"\w+", word)))
+        if path in lines:
+            return path
+    return section
+
+
+def _describe(problem: Mapping[str, Any], lines: Lines, source: str) -> str:
+    location = tuple(problem["loc"])
+    field = ".".join(str(part) for part in location)
+    where = _place(source, lines, location)
+    value = problem.get("input")
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean `{near[0]}`? " if near else ""
-        return f"{place}: unknown key `{field}`; {hint}accepted here: {', '.join(known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem.get("input")
+        return f"{where}: unknown key `{field.removesuffix('.[key]')}`; {hint}accepted here: {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{place}: `{field}` is missing"
-    if isinstance(value, dict):  # a rule over several fields names them itself
-        return f"{place}: {field}: {message}" if location else f"{place}: {message}"
-    return f"{place}: `{field}` is {value!r}: {message}"
+        return f"{where}: `{field}` is missing"
+    message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if isinstance(value, dict) and problem["type"] == "value_error":  # a rule over several fields names them itself
+        where = _place(source, lines, _mentioned(message, lines, location))
+        return f"{where}: {field}: {message}" if location else f"{where}: {message}"
+    if problem["type"] == "model_type":
+        message += f" with the keys {', '.join(_known_keys(location))}"
+    return f"{where}: `{field}` is {value!r}: {message}"
+
+
+_MESSAGES = {  # for what pydantic says in the language of Python
+    "model_type": "accepted is a mapping",
+    "dict_type": "accepted is a mapping of settings, like {architecture: topk, d_sae: 8x, k: 32}",
+    "list_type": "accepted is a list",
+    "tuple_type": "accepted is a pair",
+    "string_type": "accepted is a text",
+    "too_short": "accepted is a list of one or more",
+}
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     section: type[BaseModel] = SweepSpec
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation

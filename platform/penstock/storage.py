@@ -4,6 +4,7 @@ A file appears whole or not at all, on a disk as on object storage, and a folder
 last, is there with checksums that hold.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -90,6 +91,24 @@ class Storage:
         """Remove a file; nothing where there is none."""
         if self.exists(name):
             self._fs.delete_file(self.path(name))
+
+    def check_writable(self, field: str = "storage") -> None:
+        """Write a file and take it away again, with the folders made for it. Raises `SweepError` naming `field`."""
+        name = f"{uuid.uuid4().hex[:8]}.probe"
+        made = [folder for folder in Path(self.path(name)).parents if self.is_local and not folder.exists()]
+        try:
+            self.write(name, b"")
+            self.remove(name)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+            raise SweepError(
+                f"{field} {self.uri!r} cannot be written to: {reason}; accepted: a folder or a URI that this user may "
+                "write to"
+            ) from None
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     # ---- folders that count only when whole ----
 

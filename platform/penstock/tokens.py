@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from penstock.corpus import Corpus, Piece, open_corpus, sampled_pieces
+from penstock.corpus import Corpus, Piece, open_corpus, sampled_pieces, split_of_document
 from penstock.errors import DataError, ModelError
-from penstock.models import describe_model, location
+from penstock.models import describe_model, location, may_download
 from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.splits import SPLITS, Split
 from penstock.storage import MANIFEST, Storage
@@ -39,6 +39,7 @@ _SHARD_SIZE = 1 << 18  # characters or ids of one task
 _WAVE_SIZE = 1 << 26  # and of one split in one round of tasks
 _PART = "part.json"
 _HELD_CHARACTERS_A_TOKEN = 6
+_COUNTED_SIZE = 1 << 26  # characters or ids of a corpus that is small enough to be counted in advance
 
 ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -95,7 +96,7 @@ def load_tokenizer(model: ModelSpec) -> Tokenizer:
     place = location(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            place.name, revision=place.revision, local_files_only=place.is_local, use_fast=True
+            place.name, revision=place.revision, local_files_only=not may_download(place), use_fast=True
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"model.name {model.name!r}: its tokenizer cannot be loaded: {' '.join(str(error).split())}"
@@ -111,6 +112,28 @@ def load_tokenizer(model: ModelSpec) -> Tokenizer:
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
+def check_data(data: DataSpec, model: ModelSpec, train: TrainSpec, vocab_size: int) -> None:
+    """Refuse, before anything is started, what `build_token_store` would refuse: a dataset or tokenizer that is not
+    there, a column that is not, and too few tokens where the corpus is small enough to tell.
+
+    It reads as far into the corpus as it takes to see more than enough; a small corpus that may not be enough is
+    tokenised in full. Raises `DataError` and `ModelError`.
+    """
+    corpus = open_corpus(data)
+    tokenizer = load_tokenizer(model)
+    _check_special_tokens(data, model, tokenizer)
+    if corpus.stream:
+        corpus.probe()
+        return
+    builder = _Builder(data, train, tokenizer, set(SPLITS), vocab_size if data.tokens_column else None, _silent)
+    if not builder.sees_plenty(corpus):
+        deque(builder.build(corpus, map_in_process), maxlen=0)
+
+
+def _silent(message: str) -> None:
+    pass
+
+
 def build_token_store(
     data: DataSpec,
     model: ModelSpec,
@@ -118,7 +141,7 @@ def build_token_store(
     storage: Storage,
     *,
     parallel_map: ParallelMap = map_in_process,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str], None] = _silent,
 ) -> "TokenStore":
     """The token store of a run, made where it is not there yet; what is there and whole is not tokenised again.
 
@@ -257,6 +280,20 @@ class _Builder:
         self._needed = {split: self._selection(split)[0] for split in self._cutters}
         self._size_taken, self._tokens_taken = 0, 0
         self._progress, self._reported_at = progress, 0.0
+
+    def sees_plenty(self, corpus: Corpus) -> bool:
+        """Whether a look into the corpus finds more text than all splits can need, or more than can be counted."""
+        size_a_token = 1.1 if self._data.tokens_column else _HELD_CHARACTERS_A_TOKEN
+        missing = {split: size_a_token * self._data.context_size * rows for split, rows in self._needed.items()}
+        seen = 0
+        for content in corpus.read():
+            if not isinstance(content, str):
+                self._check_ids(content)
+            missing[split_of_document(content)] -= len(content)
+            seen += len(content)
+            if seen > _COUNTED_SIZE or max(missing.values()) <= 0:
+                return True
+        return False
 
     def build(self, corpus: Corpus, parallel_map: ParallelMap) -> Iterator[tuple[Split, _Rows]]:
         held = 1 if self._data.tokens_column else _HELD_CHARACTERS_A_TOKEN
