@@ -255,13 +255,14 @@ def _read_file(path: Path, kind: str, column: str, *, whole_files: bool) -> Iter
             text = _text_stream(path).read()
             yield from [text] if whole_files else text.replace("\r\n", "\n").split("\n\n")
     except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())}") from None
+        raise DataError(f"data.dataset: {path} cannot be read as {kind}: {_short(error)}") from None
 
 
 def _require_column(column: str, names: list[str], source: Path | str) -> None:
     if column not in names:
-        raise DataError(f"{source} has no column {column!r}; its columns: {', '.join(map(repr, names)) or 'none'} "
-                        f"(data.text_column, or data.tokens_column for token ids)")  # fmt: skip
+        raise DataError(f"data.dataset: {source} has no column {column!r}; its columns: "
+                        f"{', '.join(map(repr, names)) or 'none'} (data.text_column, or data.tokens_column for token "
+                        "ids)")  # fmt: skip
 
 
 def _values(array: pa.Array) -> Iterator[Any]:

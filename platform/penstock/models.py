@@ -125,11 +125,7 @@ def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
     near = [] if model.name in _aliases() else difflib.get_close_matches(model.name, _aliases(), n=1, cutoff=0.8)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     at = f" at revision {place.revision!r}" if place.revision else ""
-    why = (
-        _short(error)
-        if may_download(place)
-        else "it cannot be reached, and its cache here has no such model"
-    )
+    why = _short(error) if may_download(place) else "it cannot be reached, and its cache here has no such model"
     return (f"model.name {model.name!r} is not a folder, and the hub does not give it{at}{hint}: {why}; accepted: "
             "`demo`, a folder, or the name of a model on the hub")  # fmt: skip
 

@@ -56,12 +56,10 @@ def load_sae(
     home: str | Home | None = None,
 ) -> "SAE":
     """The SAE with the highest CE recovered at a hook point (see `pull`), ready to `encode` and `decode`."""
-    from sae_core import SAE
-
     where = _home(home)
     _, row = _pick(where, sweep, hook_point, architecture, l0)
     with tempfile.TemporaryDirectory() as folder:
-        return SAE.load(_fetch(where, row, Path(folder)))
+        return _fetch(where, row, Path(folder))[1]
 
 
 def pull(
@@ -90,7 +88,7 @@ def pull(
     except OSError as error:
         raise SweepError(f"cannot pull to {str(folder)!r}: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as temporary:
-        fetched = _fetch(where, row, Path(temporary))
+        fetched, _ = _fetch(where, row, Path(temporary))
         # The provenance first, so that the folder is known as ours, and cfg.json last, without which none loads: an
         # interrupted pull can be repeated, and never leaves one SAE's configuration beside another's weights.
         (folder / CONFIG).unlink(missing_ok=True)
@@ -116,12 +114,19 @@ def _pick(
     return runs, select(sweep_table(home, runs), hook_point, architecture, l0 or runs.l0_band)
 
 
-def _fetch(home: Home, row: pd.Series, to: Path) -> Path:
+def _fetch(home: Home, row: pd.Series, to: Path) -> tuple[Path, "SAE"]:
+    """The checkpoint's folder below `to`, and the SAE in it. Raises `CheckpointError` for one that does not load."""
+    from sae_core import SAE
+
+    about = f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']})"
     folder = fetch_artifact(home, row["run_id"], SAE_FOLDER, to)
     missing = [name for name in (CONFIG, WEIGHTS) if folder is None or not (folder / name).is_file()]
     if folder is None or missing:
-        raise CheckpointError(f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']}) lacks {', '.join(missing)}")
-    return folder
+        raise CheckpointError(f"{about} lacks {', '.join(missing)}")
+    try:
+        return folder, SAE.load(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{about} is damaged: {error}") from None
 
 
 def _check_target(folder: Path) -> None:

@@ -413,12 +413,11 @@ def _place(source: str, lines: Lines, location: Location) -> str:
 
 def _mentioned(message: str, lines: Lines, section: Location = ()) -> Location:
     """The path of the first field that a message names, like `tokens`, `train.tokens` or `saes[0]`, of those that a
-    section of the file has."""
-    for word in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*|\[[0-9]+\])*", message):
-        path = (*section, *(int(part) if part.isdigit() else part for part in re.findall(r"\w+", word)))
-        if path in lines:
-            return path
-    return section
+    section of the file has; else the section of the first that is a default."""
+    words = re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*|\[[0-9]+\])*", message)
+    paths = [tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", word)) for word in words]
+    candidates = [(*section, *path) for path in [*paths, *(path[:-1] for path in paths if len(path) > 1)]]
+    return next((path for path in candidates if path in lines), section)
 
 
 def _describe(problem: Mapping[str, Any], lines: Lines, source: str) -> str:

@@ -102,8 +102,7 @@ class Storage:
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
             raise SweepError(
-                f"{field} {self.uri!r} cannot be written to: {reason}; accepted: a folder or a URI that this user may "
-                "write to"
+                f"{field} {self.uri!r} cannot be written to: {reason}; accepted: a place that this user may write to"
             ) from None
         finally:
             for folder in made:
