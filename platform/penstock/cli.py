@@ -280,12 +280,14 @@ def _free_port(wanted: int) -> int:
 
 @contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that the server never outlives this process."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM as Ctrl-C, so that the server never outlives this process; and Ctrl-C itself, which a shell makes a
+    process in the background ignore."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
