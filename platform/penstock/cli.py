@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 JSON_KEYS = ("sae_id", "hook_point", "architecture", "d_sae", "l0", "ce_recovered", "kl_recovered",
              "explained_variance", "dead_fraction", "on_front", "status", "run_id")  # fmt: skip
+_ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
 _UI_STOP_SECONDS = 5
 
@@ -148,12 +149,27 @@ def _check_storage(spec_path: str, home: Home) -> None:
         Storage(home.storage_uri(storage)).check_writable()
 
 
+def _check_address(address: str) -> None:
+    """Whether anything listens at HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ADDRESS_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise SweepError(
+            f"--address {address!r}: no Ray cluster answers there ({error}); accepted: auto, or the HOST:PORT of a "
+            "running head, like 127.0.0.1:6379"
+        ) from None
+
+
 def _run(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.sweep import run
 
     _check_storage(arguments.spec, home)
     home.check_writable()
     home.check_tracking()
+    _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
     return run(arguments.spec, home, arguments.address, allow_code_change=arguments.allow_code_change)
 
 

@@ -45,7 +45,7 @@ def no_ray(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ray, "init", started)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PENSTOCK_HOME", str(tmp_path / "home"))
 
 
@@ -287,7 +287,16 @@ def test_a_password_of_the_tracking_database_is_not_shown(capsys, monkeypatch):
 def test_a_cluster_is_not_asked_before_the_spec_is_right(tmp_path, capsys):
     spec = write_spec(tmp_path, ("k: [4, 8]", "k: [4, 800]"))
     refused(capsys, ["submit", spec, "--address", "http://127.0.0.1:9"], "line 7", "k is 800")
-    refused(capsys, ["run", spec, "--address", "127.0.0.1:9"], "line 7", "k is 800")
+    refused(capsys, ["run", spec, "--address", "auto"], "line 7", "k is 800")
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    begun = time.monotonic()
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
+        refused(capsys, ["run", write_spec(tmp_path), "--address", address], f"--address '{address}'", "HOST:PORT")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    refused(capsys, ["run", write_spec(tmp_path)], "'127.0.0.1:9'", "no Ray cluster answers there")
+    assert time.monotonic() - begun < 10
 
 
 def test_more_than_this_machine_has_is_refused(tmp_path, capsys):
