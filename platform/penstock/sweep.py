@@ -53,8 +53,12 @@ def plan_command(spec_path: str | Path, home: Home) -> str:
     say = partial(print, file=sys.stderr, flush=True)
     store = build_token_store(spec.data, spec.model, spec.train, storage, progress=say)
     sweep = ResolvedSweep(spec, model, store, storage, home)
-    slots = Cluster(({"CPU": os.cpu_count() or 1, "GPU": _local_gpus()},)).pack_slots(spec.resources)
-    return _describe(sweep, plan_packs(spec, sweep.left()), slots)
+    packs = plan_packs(spec, sweep.left())
+    try:
+        return _describe(sweep, packs, _this_machine().pack_slots(spec.resources))
+    except SweepError as error:  # a spec for a cluster, planned on a laptop
+        note = f"warning    planned for a cluster where all packs run at once, since here: {error}"
+        return f"{_describe(sweep, packs, max(1, len(packs)))}\n{note}"
 
 
 def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_code_change: bool = False) -> int:
@@ -73,10 +77,10 @@ def _describe(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> str
     return describe(sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done)
 
 
-def _local_gpus() -> int:
+def _this_machine() -> Cluster:
     import torch
 
-    return torch.cuda.device_count()
+    return Cluster(({"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()},))
 
 
 class Driver:
@@ -150,6 +154,8 @@ class Driver:
         from penstock.cluster import connect, describe_cluster, map_on_cluster
 
         local = address is None and "RAY_ADDRESS" not in os.environ
+        if local:
+            _this_machine().pack_slots(self.spec.resources)  # refused before Ray is started for nothing
         self.say(f"sweep {self.spec.name}: " + ("starting Ray" if local else "joining the Ray cluster"))
         with ThreadPoolExecutor(1) as beside:
             # A local Ray takes seconds to start in processes of its own; the tokens are read meanwhile.

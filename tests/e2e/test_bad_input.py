@@ -299,9 +299,11 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path, capsys, m
     assert time.monotonic() - begun < 10
 
 
-def test_more_than_this_machine_has_is_refused(tmp_path, capsys):
+def test_more_than_this_machine_has_is_planned_with_a_warning_and_not_run(tmp_path, capsys):
     spec = write_spec(tmp_path, ("saes:", "resources: {gpus_per_pack: 99}\nsaes:"))
-    assert main(["plan", str(spec)]) == 2
+    assert main(["plan", str(spec)]) == 0
+    assert "planned for a cluster where all packs run at once" in capsys.readouterr().out
+    assert main(["run", str(spec)]) == 2
     message = capsys.readouterr().err
     assert "gpus_per_pack" in message and "99 GPU" in message and "the cluster has" in message
 
