@@ -14,7 +14,7 @@ from penstock.errors import SweepError, UserError
 from penstock.identity import check_code
 from penstock.pack import Pack, PackMember
 from penstock.storage import Storage
-from penstock.trial import PAUSE_SECONDS
+from penstock.trial import PAUSE_SECONDS, has_ended
 from sae_core import Calibration, TrainingSettings
 
 # Blocks are shared memory, read-only by nature; nothing here writes to them.
@@ -59,7 +59,7 @@ def _train(job: PackJob, client: StreamClient) -> None:
 
     torch.set_num_threads(job.threads)
     device = "cuda" if job.on_gpu and torch.cuda.is_available() else "cpu"
-    left = [member for member in job.members if not _has_ended(job.storage, member)]
+    left = [member for member in job.members if not has_ended(job.storage, member.sae_id)]
     pack = Pack(
         left,
         job.training,
@@ -93,11 +93,6 @@ def _train(job: PackJob, client: StreamClient) -> None:
     client.flush(PAUSE_SECONDS)
     _check_attempt(job)
     pack.finish()
-
-
-def _has_ended(storage: Storage, member: PackMember) -> bool:
-    folder = f"saes/{member.sae_id}"
-    return storage.is_committed(f"{folder}/final") or storage.exists(f"{folder}/stopped.json")
 
 
 def _check_attempt(job: PackJob) -> None:

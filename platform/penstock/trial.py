@@ -80,15 +80,20 @@ def run_worker(config: Mapping[str, Any]) -> None:
     train_pack(pickle.loads(config["work"]), config["stream"])
 
 
+def has_ended(storage: Storage, sae_id: str) -> bool:
+    """Whether an SAE is finished, or was stopped: either way its pack has nothing more to do for it."""
+    folder = f"saes/{sae_id}"
+    return storage.is_committed(f"{folder}/final") or storage.exists(f"{folder}/stopped.json")
+
+
 def progress(job: TrialJob) -> tuple[int, ...]:
     """The step that each SAE of the pack has safely reached, by what is in storage."""
     reached = []
     for sae_id in job.sae_ids:
-        folder = f"saes/{sae_id}"
-        if job.storage.is_committed(f"{folder}/final") or job.storage.exists(f"{folder}/stopped.json"):
+        if has_ended(job.storage, sae_id):
             reached.append(job.steps)
         else:
-            names = job.storage.names(f"{folder}/checkpoints")
+            names = job.storage.names(f"saes/{sae_id}/checkpoints")
             reached.append(int(names[-1].removeprefix("step-")) if names else 0)
     return tuple(reached)
 
