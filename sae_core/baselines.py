@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_core.errors import ConfigError
-from sae_core.functional import top_k_mask
+from sae_core.kernels import top_k_mask
 from sae_core.normalization import Calibration
 
 

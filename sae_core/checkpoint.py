@@ -58,10 +58,10 @@ def load_sae(
     sae_class = LOADABLE[cfg.architecture]
     tensors = _load_tensors(folder / WEIGHTS)
     _absorb_scaling_factor(tensors)
-    _check_tensors(tensors, sae_class.shapes(cfg.d_in, cfg.d_sae), folder / WEIGHTS)
+    _check_tensors(tensors, sae_class.shapes(cfg), folder / WEIGHTS)
     target = _dtype(cfg.dtype if dtype is None else dtype, "dtype")
     cfg = cfg.model_copy(update={"dtype": str(target).removeprefix("torch.")})
-    weights = {name: tensors[name].to(device, target) for name in sae_class.shapes(cfg.d_in, cfg.d_sae)}
+    weights = {name: tensors[name].to(device, target) for name in sae_class.shapes(cfg)}
     return sae_class(cfg, weights)
 
 

@@ -3,35 +3,10 @@
 Shapes: B tokens, D = d_in, F = d_sae. `_BD`, `_BF` and so on name a tensor's shape.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-
-def top_k_mask(ranks: Tensor, k: int) -> Tensor:
-    """True at the k largest entries of each row [..., F] that are also positive; exactly k where more are tied.
-
-    On CPU a partial sort in numpy finds the k-th value several times faster than torch.topk finds the indices.
-    """
-    if ranks.device.type != "cpu" or ranks.dtype != torch.float32:
-        return _top_k_mask_by_index(ranks, k)
-    rows = ranks.detach().reshape(-1, ranks.shape[-1]).numpy()
-    if k >= rows.shape[-1]:
-        return ranks > 0
-    place = rows.shape[-1] - k
-    kth = np.partition(rows, place, axis=1)[:, place : place + 1]
-    mask = rows >= np.maximum(kth, np.finfo(np.float32).tiny)
-    # Counting a whole mask is far cheaper than counting each row: only an odd total leads to a search for ties.
-    if np.count_nonzero(mask) != len(rows) * k or (kth <= 0).any():
-        tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
-        if len(tied):
-            mask[tied] = _top_k_mask_by_index(torch.from_numpy(rows[tied]), k).numpy()
-    return torch.from_numpy(mask).view(ranks.shape)
-
-
-def _top_k_mask_by_index(ranks: Tensor, k: int) -> Tensor:
-    index = torch.topk(ranks, min(k, ranks.shape[-1]), dim=-1, sorted=False).indices
-    return torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, index, True) & (ranks > 0)
+from sae_core.kernels import top_k_mask
 
 
 def topk(pre_acts: Tensor, k: int) -> Tensor:

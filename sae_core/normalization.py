@@ -1,4 +1,15 @@
-"""Calibration: one pass over a block of activations, in float64, from which scale, b_dec and the PCA baseline come."""
+"""Normalisation of activations, by SAELens' names, and the calibration that it takes.
+
+    none                        z = x
+    expected_average_only_in    z = x * sqrt(d_in) / E||x||                         (Anthropic, April 2024; the default)
+    covariance_whitening        z = (x - E x) E diag(v + 1e-3)^(-1/2)    E, v: eigenvectors and -values of cov(x)
+                                                                                    (arXiv 2511.13981)
+    constant_norm_rescale       z = x * sqrt(d_in) / ||x||                          token by token
+    layer_norm                  z = (x - mean(x)) / (std(x) + 1e-5)                 token by token, over d_in
+
+The first three are the same for all tokens and are folded into an SAE's weights when training ends. The others stay a
+part of the SAE; what it reconstructs is scaled back by the same token's own figures.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +22,36 @@ from torch import Tensor
 from sae_core.errors import CheckpointError, ConfigError
 
 CHUNK_TOKENS = 8192
+PER_TOKEN = ("constant_norm_rescale", "layer_norm")
+WHITENING_EPSILON = 1e-3
+
+
+@dataclass(frozen=True)
+class TokenScaling:
+    """How each token was normalised: z = (x - shift) / scale, both [..., 1]."""
+
+    scale: Tensor
+    shift: Tensor | None
+
+    def undo(self, z: Tensor) -> Tensor:
+        return z * self.scale if self.shift is None else z * self.scale + self.shift
+
+
+def scale_tokens(x: Tensor, mode: str) -> tuple[Tensor, TokenScaling | None]:
+    """Activations [..., d_in] normalised token by token; as they are, and None, for a mode that does not do so.
+
+    As in SAELens, layer_norm divides by the unbiased standard deviation plus 1e-5 and multiplies by the standard
+    deviation alone.
+    """
+    if mode == "constant_norm_rescale":
+        scale = x.norm(dim=-1, keepdim=True) / sqrt(x.shape[-1])
+        return x / scale, TokenScaling(scale, None)
+    if mode == "layer_norm":
+        mean = x.mean(dim=-1, keepdim=True)
+        centred = x - mean
+        std = centred.std(dim=-1, keepdim=True)
+        return centred / (std + 1e-5), TokenScaling(std, mean)
+    return x, None
 
 
 @dataclass(frozen=True)
@@ -86,3 +127,64 @@ def _chunks(x: np.ndarray | Tensor) -> Iterator[Tensor]:
             yield torch.from_numpy(part.astype(np.float64))
         else:
             yield part.detach().cpu().double()
+
+
+class Normalizer:
+    """Normalises the activations of one hook point for training, by a mode of `normalize_activations`."""
+
+    def __init__(self, mode: str, calibration: Calibration, device: torch.device):
+        self.mode = mode
+        self.device = device
+        self.scale = calibration.scale if mode == "expected_average_only_in" else 1.0
+        self.whitening = Whitening.of(calibration) if mode == "covariance_whitening" else None
+        mean, d_in = calibration.mean.double(), calibration.d_in
+        if self.whitening is not None:
+            self._mean, self._matrix, self._inverse = (
+                tensor.float().to(device)
+                for tensor in (self.whitening.mean, self.whitening.matrix, self.whitening.inverse)
+            )
+            mean = torch.zeros_like(mean)
+        elif mode == "layer_norm":
+            mean = (mean - mean.mean()) * calibration.scale
+        else:
+            mean = mean * (self.scale if mode == "none" else calibration.scale)
+        self.mean = mean.float()  # [d_in], of normalised activations: exact unless a mode works token by token
+        self.mean_square_norm = (  # E||z||^2
+            calibration.mean_square_norm * self.scale**2
+            if mode in ("none", "expected_average_only_in")
+            else float(d_in)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raw activations [tokens, d_in] of any float type, normalised: float32, on the device, a new tensor or x."""
+        x = x.to(self.device, torch.float32)
+        if self.whitening is not None:
+            return (x - self._mean) @ self._matrix
+        if self.mode in PER_TOKEN:
+            return scale_tokens(x, self.mode)[0]
+        return x if self.scale == 1.0 else x * self.scale
+
+    def raw_error(self, error: Tensor, x: Tensor) -> Tensor:
+        """A normalised reconstruction's error [tokens, d_in] in the units of the activations x."""
+        if self.whitening is not None:
+            return error @ self._inverse
+        if self.mode in PER_TOKEN:
+            _, scaling = scale_tokens(x.to(self.device, torch.float32), self.mode)
+            return error * scaling.scale
+        return error / self.scale
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """z = (x - mean) matrix, x = z inverse + mean; all float64."""
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> "Whitening":
+        """PCA whitening: the covariance of z is the identity, but for the 1e-3 added to each eigenvalue."""
+        values, vectors = torch.linalg.eigh(calibration.covariance.double())
+        deviations = (values.clamp_min(0) + WHITENING_EPSILON).sqrt()
+        return cls(calibration.mean.double(), vectors / deviations, deviations[:, None] * vectors.T)

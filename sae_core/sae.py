@@ -1,60 +1,59 @@
 """The sparse autoencoder as a module: what every architecture shares.
 
-Names and layout: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`, and the biases of an architecture's
-encoder. The same modules train (in normalised units, see training.py) and serve (in the activations' units).
+Names and layout: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, the biases of an architecture's encoder,
+and `W_skip [d_out, d_in]` where there is a skip connection. The same modules train (on normalised activations, see
+training.py) and serve (on activations as the model has them).
+
+A transcoder reads one hook point and reconstructs another: d_out may differ from d_in, and b_dec is not subtracted from
+the input. Transcoders: Dunefsky et al., arXiv 2406.11944; skip transcoders: Paulo et al., arXiv 2501.18823.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sae_core.errors import ConfigError
 from sae_core.kernels import Active
+from sae_core.normalization import PER_TOKEN, TokenScaling, Whitening, scale_tokens
 from sae_core.settings import SAESettings
 
 
 class SAEConfig(BaseModel):
-    """What identifies a saved SAE. `metadata` is free: model, hook point, settings it was trained with."""
+    """What identifies a saved SAE. `metadata` is free: model, hook point, settings it was trained with.
+
+    d_out: width of what is reconstructed; None for an SAE, which reconstructs what it reads.
+    normalize_activations: what is done to each token's activations before and undone after, see normalization.py.
+    reshape_activations: "hook_z" if the activations come as [..., n_heads, d_head].
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str
     d_in: int = Field(gt=0)
     d_sae: int = Field(gt=0)
+    d_out: int | None = None
+    skip: bool = False
     dtype: str = "float32"
     apply_b_dec_to_input: bool = True
+    normalize_activations: Literal["none", "constant_norm_rescale", "layer_norm"] = "none"
+    reshape_activations: Literal["none", "hook_z"] = "none"
     k: int | None = None
     rescale_acts_by_decoder_norm: bool = False
     metadata: dict[str, Any] = Field(default_factory=dict)
 
-
-@dataclass
-class StepContext:
-    """What a training step tells an architecture. `batch_tokens` is the whole batch's, also for a micro-batch."""
-
-    batch_tokens: int
-    coefficient: float  # of the sparsity or auxiliary loss, warm-up applied
-    dead: Tensor | None  # [d_sae] bool, None if no latent is dead
-
-
-@dataclass
-class StepTerms:
-    """Sums over the tokens of a micro-batch, in normalised units; all tensors, so that no step waits for a device."""
-
-    loss: Tensor  # already divided by the batch's tokens
-    squared_error: Tensor
-    active: Tensor  # number of active (token, latent) pairs
-    fired: Tensor  # [d_sae] number of tokens on which each latent fired
-    x_hat: Tensor  # [tokens, d_in]
+    @property
+    def is_transcoder(self) -> bool:
+        return self.d_out is not None
 
 
 class SAE(nn.Module, ABC):
-    """Base of all architectures. `encode` takes [..., d_in] to [..., d_sae], `decode` takes it back.
+    """Base of all architectures. `encode` takes [..., d_in] to [..., d_sae], `decode` takes that to [..., d_out].
 
     Weights do not require gradients; `encode` and `decode` are differentiable in their input.
     """
@@ -67,55 +66,133 @@ class SAE(nn.Module, ABC):
     def __init__(self, cfg: SAEConfig, weights: Mapping[str, Tensor]):
         super().__init__()
         self.cfg = cfg
-        for name in self.shapes(cfg.d_in, cfg.d_sae):
+        for name in self.shapes(cfg):
             self.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
 
     @classmethod
-    def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight."""
-        biases = {name: (d_sae,) for name in cls.encoder_biases}
-        return {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), **biases, "b_dec": (d_in,)}
+        d_out = cfg.d_out or cfg.d_in
+        biases = {name: (cfg.d_sae,) for name in cls.encoder_biases}
+        skip = {"W_skip": (d_out, cfg.d_in)} if cfg.skip else {}
+        return {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, d_out), **biases, "b_dec": (d_out,), **skip}
 
     @property
     def d_in(self) -> int:
         return self.cfg.d_in
 
     @property
+    def d_out(self) -> int:
+        return self.cfg.d_out or self.cfg.d_in
+
+    @property
     def d_sae(self) -> int:
         return self.cfg.d_sae
 
-    def centre(self, x: Tensor) -> Tensor:
-        """`x` in the weights' dtype, less b_dec where this SAE subtracts it."""
-        x = x.to(self.W_enc.dtype)
-        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+    # ---- in use ----
 
-    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """[..., d_in] -> [..., d_sae]."""
+        """[..., d_in] -> [..., d_sae]; hook_z activations may come as [..., n_heads, d_head]."""
+        return self._encode(self._enter(x)[0])
 
-    def decode(self, f: Tensor) -> Tensor:
-        """[..., d_sae] -> [..., d_in]."""
-        return f @ self.W_dec + self.b_dec
+    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
+        """[..., d_sae] -> [..., d_out]. `x` [..., d_in], what was encoded, is needed where the output depends on more
+        than the latents: with a skip connection, or a normalisation of each token; ConfigError without."""
+        if x is None and (self.cfg.skip or self.cfg.normalize_activations in PER_TOKEN):
+            why = "its skip connection" if self.cfg.skip else f"normalize_activations {self.cfg.normalize_activations}"
+            raise ConfigError(f"decode needs the activations that were encoded, for {why}: decode(f, x)")
+        x_in, scaling = self._enter(x) if x is not None else (None, None)
+        return self._leave(self._decode(f, x_in), x, scaling)
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(latents [..., d_sae], reconstruction in the shape of x, or [..., d_out] for a transcoder)."""
+        x_in, scaling = self._enter(x)
+        f = self._encode(x_in)
+        return f, self._leave(self._decode(f, x_in), x, scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        return self.reconstruct(x)[1]
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, TokenScaling | None]:
+        """What the weights see of `x`, and how each token was scaled."""
+        if x.shape[-1] != self.d_in and x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in:
+            x = x.flatten(-2)
+        if x.shape[-1] != self.d_in:
+            raise ConfigError(f"activations have shape {list(x.shape)}; accepted: [..., d_in] with d_in {self.d_in}")
+        return scale_tokens(x.to(self.W_enc.dtype), self.cfg.normalize_activations)
+
+    def _leave(self, x_hat: Tensor, x: Tensor | None, scaling: TokenScaling | None) -> Tensor:
+        if scaling is not None:
+            x_hat = scaling.undo(x_hat)
+        if x is not None and not self.cfg.is_transcoder:
+            x_hat = x_hat.view(x.shape)
+        return x_hat
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> Tensor:
+        """Latents of normalised activations."""
+
+    def _decode(self, f: Tensor, x: Tensor | None) -> Tensor:
+        x_hat = f @ self.W_dec + self.b_dec
+        return x_hat + x @ self.W_skip.T if self.cfg.skip else x_hat
+
+    def centre(self, x: Tensor) -> Tensor:
+        """`x` less b_dec where this SAE subtracts it: what the encoder multiplies."""
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+
+    # ---- prefixes ----
+
+    @property
+    def prefix_widths(self) -> tuple[int, ...]:
+        """Widths below d_sae at which this SAE, cut off, is an SAE of its own: those of a Matryoshka SAE."""
+        return ()
+
+    # ---- folding, folders ----
 
     @torch.no_grad()
-    def folded(self, scale: float, metadata: Mapping[str, Any]) -> "SAE":
-        """A copy for activations that are not normalised, with unit decoder rows: the same function of x as this
-        SAE has of x * scale, up to the factor by which a latent's decoder row was long.
-
-        A row of zeros (it decodes to nothing) is left as it is.
-        """
-        norms = self.W_dec.norm(dim=1) / scale
+    def unit_rows(self) -> "SAE":
+        """The same function with decoder rows of length 1: their lengths go into the encoder, so that a latent's
+        activation is the length that it adds. A row of zeros (it decodes to nothing) is left as it is."""
+        norms = self.W_dec.norm(dim=1)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-        weights = {name: tensor.detach().clone() for name, tensor in self.named_parameters()}
-        weights["W_enc"] = (self.W_enc * (norms * scale)).contiguous()
-        weights["W_dec"] = self.W_dec / (norms * scale)[:, None]
-        weights["b_dec"] = self.b_dec / scale
-        for name in self.latent_scaled:
-            weights[name] = weights[name] * norms
-        return type(self)(self.cfg.model_copy(update={"metadata": dict(metadata)}), weights)
+        weights = {"W_enc": (self.W_enc * norms).contiguous(), "W_dec": self.W_dec / norms[:, None]}
+        return self.replaced(weights | {name: getattr(self, name) * norms for name in self.latent_scaled})
+
+    @torch.no_grad()
+    def folded(self, scale_in: float, scale_out: float) -> "SAE":
+        """The function y -> self(y * scale_in) / scale_out, by weights alone; latents stay what they are."""
+        weights = {
+            "W_enc": (self.W_enc * scale_in).contiguous(),
+            "W_dec": self.W_dec / scale_out,
+            "b_dec": self.b_dec / scale_out,
+        }
+        if self.cfg.skip:
+            weights["W_skip"] = self.W_skip * (scale_in / scale_out)
+        return self.replaced(weights)
+
+    @torch.no_grad()
+    def unwhitened(self, reads: Whitening, writes: Whitening) -> "SAE":
+        """The function of raw activations that this one is of whitened ones; latents stay what they are. Refuses a
+        ranking by decoder norms, which unwhitening would change: ValueError."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            raise ValueError("fold the decoder norms in, and stop ranking by them, before unwhitening")
+        W_enc = reads.matrix @ self.W_enc.double()
+        weights = {
+            "W_enc": W_enc,
+            "W_dec": self.W_dec.double() @ writes.inverse,
+            "b_dec": self.b_dec.double() @ writes.inverse + writes.mean,
+        }
+        if not self.cfg.apply_b_dec_to_input:
+            weights["b_enc"] = self.b_enc.double() - reads.mean @ W_enc
+        if self.cfg.skip:
+            W_skip = reads.matrix @ self.W_skip.T.double() @ writes.inverse
+            weights |= {"W_skip": W_skip.T, "b_dec": weights["b_dec"] - reads.mean @ W_skip}
+        return self.replaced({name: tensor.to(self.W_enc).contiguous() for name, tensor in weights.items()})
+
+    def replaced(self, weights: Mapping[str, Tensor] = {}, **config: Any) -> "SAE":
+        """A copy with other weights or fields of the configuration."""
+        own = {name: tensor.detach().clone() for name, tensor in self.named_parameters() if name not in weights}
+        return type(self)(self.cfg.model_copy(update=config), {**own, **weights})
 
     @property
     def latent_scaled(self) -> tuple[str, ...]:
@@ -137,27 +214,106 @@ class SAE(nn.Module, ABC):
         save_sae(self, folder, sparsity=sparsity)
 
 
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a training step tells an architecture. `batch_tokens` is the whole batch's, also for a micro-batch."""
+
+    batch_tokens: int
+    coefficient: float  # of the sparsity or auxiliary loss, warm-up applied
+    dead: Tensor | None = None  # [d_sae] bool, None if no latent is dead
+    encoder_dtype: torch.dtype = torch.float32
+    state: Mapping[str, Tensor] = field(default_factory=dict)  # the architecture's own, see `state_at_start`
+    progress: float = 0.0  # share of the run's steps that are done
+
+
+@dataclass
+class StepTerms:
+    """Sums over the tokens of a micro-batch, in normalised units; all tensors, so that no step waits for a device."""
+
+    loss: Tensor  # already divided by the batch's tokens
+    error: Tensor  # [tokens, d_out]: reconstruction less target
+    fired: Tensor  # [d_sae] number of tokens on which each latent fired
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # what the architecture's own state is made from
+
+
+class Gradients(dict[str, Tensor]):
+    """Gradients by weight, summed over micro-batches. `W_enc`'s is kept transposed, [d_sae, d_in], as it is made."""
+
+    def __init__(self, wanted: frozenset[str]):
+        super().__init__()
+        self.wanted = wanted
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient; the tensor may be kept and changed."""
+        if name in self:
+            self[name].add_(gradient)
+        elif name in self.wanted:
+            self[name] = gradient
+
+
 class TrainableSAE(SAE):
     """An architecture that can be trained: adds its settings, its start, and its loss."""
 
     settings_type: ClassVar[type[SAESettings]]
     decoder_norm_at_start: ClassVar[float]
     revives_dead: ClassVar[bool] = False  # whether the loss treats dead latents apart
+    can_transcode: ClassVar[bool] = False
 
     @abstractmethod
-    def accumulate_gradients(self, x: Tensor, gradients: Mapping[str, Tensor], context: StepContext) -> StepTerms:
-        """Add the gradient of the loss on x [tokens, d_in], in normalised units, to `gradients`.
+    def accumulate_gradients(
+        self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext
+    ) -> StepTerms:
+        """Add the gradient of the loss on x [tokens, d_in] and target [tokens, d_out] (x itself for an SAE), both
+        normalised and only read, to `gradients`."""
 
-        `W_dec` is missing from `gradients` if the decoder is frozen. `x` is only read.
-        """
+    @classmethod
+    def biases_at_start(cls, settings: SAESettings) -> dict[str, float]:
+        """Encoder biases that do not start at 0."""
+        return {}
 
+    @classmethod
+    def state_at_start(cls, settings: SAESettings) -> dict[str, Tensor]:
+        """What the architecture keeps from step to step beside weights: float64 tensors by name."""
+        return {}
 
-def add_affine_gradients(
-    gradients: Mapping[str, Tensor], active: Active, d_pre: Tensor, x_centred: Tensor, W_enc: Tensor
-) -> Tensor:
-    """Add the gradients of pre = (x - b_dec) W_enc + bias, given d_pre (values), for W_enc and b_dec; return the
-    bias's."""
-    gradients["W_enc"].T.add_(active.latent_sums(d_pre, x_centred))
-    d_bias = active.per_latent(d_pre)
-    gradients["b_dec"].sub_(W_enc @ d_bias)
-    return d_bias
+    def whole_batch(self, parts: list[Tensor], context: StepContext) -> Mapping[str, Tensor]:
+        """What only all of a batch's micro-batches together (`parts`, normalised) say, added to the context's state.
+        Asked for only where there are several."""
+        return {}
+
+    def next_state(
+        self, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], fired: Tensor, context: StepContext
+    ) -> dict[str, Tensor]:
+        """The architecture's own state after a step; `extra` and `fired` are summed over the batch."""
+        return dict(state)
+
+    def for_use(self, state: Mapping[str, Tensor], tokens: Tensor | None) -> SAE:
+        """The SAE as it is used, still in normalised units and with decoder rows of any length: itself, unless it is
+        trained in another form. `tokens` [n, d_in], normalised training activations, may calibrate thresholds."""
+        return self
+
+    # ---- parts of a step ----
+
+    def error(self, active: Active, f: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        """Reconstruction less target, [tokens, d_out]."""
+        error = active.decode(f, self.W_dec).add_(self.b_dec)
+        if self.cfg.skip:
+            error.addmm_(x, self.W_skip.T)
+        return error.sub_(target)
+
+    def add_output_gradients(self, gradients: Gradients, d_out: Tensor, x: Tensor) -> None:
+        """Of b_dec and W_skip, given the gradient of the reconstruction [tokens, d_out]."""
+        gradients.add("b_dec", d_out.sum(0))
+        if self.cfg.skip:
+            gradients.add("W_skip", d_out.T @ x)
+
+    def add_encoder_gradients(self, gradients: Gradients, active: Active, d_pre: Tensor, x_centred: Tensor) -> Tensor:
+        """Of W_enc, and of b_dec where it is subtracted from the input, given d_pre (values); returns the bias's."""
+        gradients.add("W_enc", active.latent_sums(d_pre, x_centred))
+        d_bias = active.per_latent(d_pre)
+        if self.cfg.apply_b_dec_to_input:
+            gradients.add("b_dec", -(self.W_enc @ d_bias))
+        return d_bias

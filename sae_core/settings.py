@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -21,6 +21,9 @@ class SAESettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     lr: float | None = Field(default=None, gt=0)
     frozen_decoder: bool = False
+    normalize_activations: Literal[
+        "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"
+    ] = "expected_average_only_in"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -34,6 +37,10 @@ class SAESettings(BaseModel):
         """The coefficient of the sparsity or auxiliary loss at `step` (0-based), warm-up applied."""
         raise TypeError(f"settings of architecture {self.architecture!r} have no training loss")
 
+    def named_coefficient(self, coefficient: float) -> dict[str, float]:
+        """The coefficient under the name by which metrics show it; nothing where it never changes."""
+        return {}
+
     def config_fields(self) -> dict[str, Any]:
         """What the saved configuration says of this architecture beside the sizes (see SAEConfig)."""
         return {}
@@ -43,7 +50,8 @@ class TrainingSettings(BaseModel):
     """How long and how fast: everything that SAEs of one sweep share.
 
     `lr` rises linearly over `lr_warm_up_steps` and falls linearly to 0 over the last `lr_decay_steps`
-    (None: the last fifth of the run). A latent is dead that has not fired for `dead_after_tokens` tokens.
+    (None: the last fifth of the run). A latent is dead that has not fired for `dead_after_tokens` tokens. The encoder's
+    product is made in `encoder_dtype`; weights, gradients and everything else are float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -56,6 +64,7 @@ class TrainingSettings(BaseModel):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     dead_after_tokens: int = Field(gt=0)
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
     def check_betas_and_schedule(self) -> "TrainingSettings":

@@ -11,15 +11,14 @@ The paper keeps decoder rows at unit norm. Here their norm stands in the penalty
 term: otherwise the penalty would shrink the rows with nothing to hold them, as the gate sees a frozen decoder.
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sae_core.kernels import select_active
-from sae_core.sae import StepContext, StepTerms, TrainableSAE, add_affine_gradients
+from sae_core.kernels import Above, encode
+from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
 from sae_core.settings import SAESettings
 
@@ -31,6 +30,9 @@ class GatedSettings(SAESettings):
 
     def coefficient_at(self, step: int) -> float:
         return self.l1_coefficient * warm_up(step, self.l1_warm_up_steps)
+
+    def named_coefficient(self, coefficient: float) -> dict[str, float]:
+        return {"l1_coefficient": coefficient}
 
 
 class GatedSAE(TrainableSAE):
@@ -44,42 +46,34 @@ class GatedSAE(TrainableSAE):
     b_mag: Tensor
     r_mag: Tensor
 
-    def encode(self, x: Tensor) -> Tensor:
+    def _encode(self, x: Tensor) -> Tensor:
         u = self.centre(x) @ self.W_enc
         return torch.relu(u * self.r_mag.exp() + self.b_mag) * (u + self.b_gate > 0)
 
-    def accumulate_gradients(self, x: Tensor, gradients: Mapping[str, Tensor], context: StepContext) -> StepTerms:
-        x_centred = x - self.b_dec
-        gate_BF = torch.relu_(torch.addmm(self.b_gate, x_centred, self.W_enc))
-        active = select_active(gate_BF)
-        gate = active.gather(gate_BF)
+    def accumulate_gradients(
+        self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext
+    ) -> StepTerms:
+        x_centred = self.centre(x)
+        active, gate = encode(x_centred, self.W_enc, self.b_gate, Above(), context.encoder_dtype)
         u = active.shift(gate, -self.b_gate)
         growth = self.r_mag.exp()
         f = torch.relu(active.shift(active.scale(u, growth), self.b_mag)) * (gate > 0)
-        error = active.decode(f, self.W_dec).add_(self.b_dec).sub_(x)
-        gate_error = active.decode(gate, self.W_dec).add_(self.b_dec).sub_(x)
+        error = self.error(active, f, x, target)
+        gate_error = self.error(active, gate, x, target)
         norms = self.W_dec.norm(dim=1)
 
         d_x_hat = error * (2 / context.batch_tokens)
         l1 = context.coefficient / context.batch_tokens
         d_gate = active.row_dots(gate_error * (2 / context.batch_tokens), self.W_dec, l1 * norms)
         d_magnitude = active.row_dots(d_x_hat, self.W_dec) * (f > 0)
-        if "W_dec" in gradients:
-            gradients["W_dec"].add_(active.latent_sums(f, d_x_hat))
         d_u = d_gate + active.scale(d_magnitude, growth)
-        gradients["b_dec"].add_(d_x_hat.sum(0))
-        add_affine_gradients(gradients, active, d_u, x_centred, self.W_enc)
-        gradients["b_gate"].add_(active.per_latent(d_gate))
-        gradients["b_mag"].add_(active.per_latent(d_magnitude))
-        gradients["r_mag"].addcmul_(active.per_latent(d_magnitude * u), growth)
+        gradients.add("W_dec", active.latent_sums(f, d_x_hat))
+        self.add_output_gradients(gradients, d_x_hat, x)
+        self.add_encoder_gradients(gradients, active, d_u, x_centred)
+        gradients.add("b_gate", active.per_latent(d_gate))
+        gradients.add("b_mag", active.per_latent(d_magnitude))
+        gradients.add("r_mag", active.per_latent(d_magnitude * u) * growth)
 
-        squared_error = error.square().sum()
-        fired = active.per_latent(f.sign())
         penalty = l1 * (active.per_latent(gate) * norms).sum()
-        return StepTerms(
-            loss=(squared_error + gate_error.square().sum()) / context.batch_tokens + penalty,
-            squared_error=squared_error,
-            active=fired.sum(),
-            fired=fired,
-            x_hat=error.add_(x),
-        )
+        loss = (error.square().sum() + gate_error.square().sum()) / context.batch_tokens + penalty
+        return StepTerms(loss, error, fired=active.per_latent(f.sign()))

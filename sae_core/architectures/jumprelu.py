@@ -16,5 +16,5 @@ class JumpReLUSAE(SAE):
     b_enc: Tensor
     threshold: Tensor
 
-    def encode(self, x: Tensor) -> Tensor:
+    def _encode(self, x: Tensor) -> Tensor:
         return jumprelu(self.centre(x) @ self.W_enc + self.b_enc, self.threshold)

@@ -11,17 +11,15 @@ x - x_hat is a constant in AuxK. Ranking by pre_i * ||W_dec_i|| makes the functi
 strength is shared between encoder and decoder, so that the norms can be folded on export.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from sae_core.functional import aux_k_scale, top_k_mask, topk
-from sae_core.kernels import DenseActive, select_active
-from sae_core.sae import StepContext, StepTerms, TrainableSAE, add_affine_gradients
+from sae_core.dead import accumulate_aux_k
+from sae_core.functional import topk
+from sae_core.kernels import TopK, encode
+from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.settings import SAESettings
 
 
@@ -29,12 +27,13 @@ class TopKSettings(SAESettings):
     architecture: Literal["topk"] = "topk"
     k: int = Field(gt=0)
     aux_coefficient: float = Field(default=1.0, ge=0)
+    skip: bool = False
 
     def coefficient_at(self, step: int) -> float:
         return self.aux_coefficient
 
     def config_fields(self) -> dict[str, Any]:
-        return {"k": self.k, "rescale_acts_by_decoder_norm": True}
+        return {"k": self.k, "skip": self.skip, "rescale_acts_by_decoder_norm": True}
 
     @model_validator(mode="after")
     def check_k(self) -> "TopKSettings":
@@ -49,61 +48,37 @@ class TopKSAE(TrainableSAE):
     # 71% were.
     decoder_norm_at_start = 1.0
     revives_dead = True
+    can_transcode = True
     b_enc: Tensor
 
-    def encode(self, x: Tensor) -> Tensor:
-        """[..., d_in] -> [..., d_sae]; times the decoder norms where they decide the ranking, as SAELens has it."""
+    def _encode(self, x: Tensor) -> Tensor:
+        """Times the decoder norms where they decide the ranking, as SAELens has it."""
         pre = self.centre(x) @ self.W_enc + self.b_enc
         return topk(pre * self.W_dec.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else pre, self.cfg.k)
 
-    def decode(self, f: Tensor) -> Tensor:
-        return f @ (normalize(self.W_dec, dim=1) if self.cfg.rescale_acts_by_decoder_norm else self.W_dec) + self.b_dec
+    def _decode(self, f: Tensor, x: Tensor | None) -> Tensor:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            f = f / self.W_dec.norm(dim=1).clamp_min(1e-12)
+        return super()._decode(f, x)
 
-    def accumulate_gradients(self, x: Tensor, gradients: Mapping[str, Tensor], context: StepContext) -> StepTerms:
-        x_centred = x - self.b_dec
-        pre_BF = torch.addmm(self.b_enc, x_centred, self.W_enc)
-        ranks_BF = pre_BF * self.W_dec.norm(dim=1)
-        active = select_active(pre_BF, top_k_mask(ranks_BF, self.cfg.k), density=self.cfg.k / self.d_sae)
-        f = active.gather(pre_BF)
-        error = active.decode(f, self.W_dec).add_(self.b_dec).sub_(x)
+    def accumulate_gradients(
+        self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext
+    ) -> StepTerms:
+        x_centred = self.centre(x)
+        norms = self.W_dec.norm(dim=1).clamp_min_(1e-12)
+        active, ranks = encode(
+            x_centred, self.W_enc * norms, self.b_enc * norms, TopK(self.cfg.k, self.d_sae), context.encoder_dtype
+        )
+        f = active.scale(ranks, 1 / norms)
+        error = self.error(active, f, x, target)
 
         d_x_hat = error * (2 / context.batch_tokens)
         d_pre = active.row_dots(d_x_hat, self.W_dec)
-        if "W_dec" in gradients:
-            gradients["W_dec"].add_(active.latent_sums(f, d_x_hat))
-        gradients["b_dec"].add_(d_x_hat.sum(0))
-        gradients["b_enc"].add_(add_affine_gradients(gradients, active, d_pre, x_centred, self.W_enc))
+        gradients.add("W_dec", active.latent_sums(f, d_x_hat))
+        self.add_output_gradients(gradients, d_x_hat, x)
+        gradients.add("b_enc", self.add_encoder_gradients(gradients, active, d_pre, x_centred))
 
-        squared_error = error.square().sum()
-        loss = squared_error / context.batch_tokens
+        loss = error.square().sum() / context.batch_tokens
         if context.dead is not None:
-            loss = loss + self._accumulate_aux(pre_BF, ranks_BF, x_centred, error, gradients, context)
-        fired = active.per_latent(f.sign())
-        return StepTerms(loss, squared_error, fired.sum(), fired, x_hat=error.add_(x))
-
-    def _accumulate_aux(
-        self,
-        pre_BF: Tensor,
-        ranks_BF: Tensor,
-        x_centred: Tensor,
-        error: Tensor,
-        gradients: Mapping[str, Tensor],
-        context: StepContext,
-    ) -> Tensor:
-        dead = context.dead.nonzero().squeeze(1)
-        k_aux, weight = aux_k_scale(len(dead), self.d_in, context.coefficient)
-        W_dec, W_enc = self.W_dec[dead], self.W_enc.T[dead]
-        pre = pre_BF[:, dead]
-        # dense on the dead latents alone: they are few, or many with k_aux of them active
-        active = DenseActive(torch.relu(pre) * top_k_mask(ranks_BF[:, dead], k_aux))
-        z = active.support_BF
-        aux_error = (z @ W_dec).add_(error)
-        d_out = aux_error * (2 * weight / context.batch_tokens)
-        d_pre = active.row_dots(d_out, W_dec)
-        if "W_dec" in gradients:
-            gradients["W_dec"].index_add_(0, dead, active.latent_sums(z, d_out))
-        d_bias = d_pre.sum(0)
-        gradients["W_enc"].T.index_add_(0, dead, active.latent_sums(d_pre, x_centred))
-        gradients["b_enc"].index_add_(0, dead, d_bias)
-        gradients["b_dec"].sub_(d_bias @ W_enc)
-        return aux_error.square().sum() * (weight / context.batch_tokens)
+            loss = loss + accumulate_aux_k(self, x_centred, error, gradients, context)
+        return StepTerms(loss, error, fired=active.per_latent(f.sign()))

@@ -1,5 +1,17 @@
-"""Decode, weight gradients and bookkeeping on the active (token, latent) pairs, dense or sparse."""
+"""The encoder's product, its active (token, latent) pairs, and what a training step does with them."""
 
-from sae_core.kernels.active import Active, DenseActive, SparseActive, select_active
+from sae_core.kernels.active import Active, DenseActive, SparseActive
+from sae_core.kernels.select import Above, AtLeast, TopK, batch_top_threshold, encode, encode_batch_top, top_k_mask
 
-__all__ = ["Active", "DenseActive", "SparseActive", "select_active"]
+__all__ = [
+    "Above",
+    "Active",
+    "AtLeast",
+    "DenseActive",
+    "SparseActive",
+    "TopK",
+    "batch_top_threshold",
+    "encode",
+    "encode_batch_top",
+    "top_k_mask",
+]

@@ -4,9 +4,11 @@ An architecture writes its gradient once, against `Active`. `DenseActive` keeps 
 reference; `SparseActive` keeps one entry a pair, so that everything after the encoder costs in proportion to the
 number of active pairs. Both are exact. "Values" are [B, F] for the one and [P] for the other.
 
-Shapes: B tokens, D = d_in, F = d_sae, P pairs.
+Shapes: B tokens, D = d_in or d_out, F = d_sae, P pairs.
 """
 
+import warnings
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Below this share of active pairs the sparse path is taken. On CPU both take equally long at 0.2 (d_in 128, d_sae 1024)
-# and at 0.13 (d_in 512, d_sae 8192), one thread; at 0.02 sparse is 3 to 5 times faster. On a GPU not measured yet.
+# Below this share of active pairs the sparse form is taken. On CPU both take equally long at about 0.15 to 0.2; at
+# 0.01 sparse is 5 times faster. On a GPU not measured yet.
 SPARSE_BELOW = {"cpu": 0.13, "cuda": 0.02}
 
 
@@ -72,17 +74,24 @@ class DenseActive:
 
 
 class SparseActive:
-    """Pairs in the order of tokens, with a second order by latents for the sums over tokens."""
+    """Pairs in the order of tokens, with a second order by latents for the sums over tokens.
 
-    def __init__(self, mask_BF: Tensor):
-        self.n_tokens, self.n_latents = mask_BF.shape
-        if mask_BF.device.type == "cpu":
-            self._index_on_cpu(mask_BF.numpy())
+    `flat` [P] int64: token * n_latents + latent of each pair, ascending.
+    """
+
+    def __init__(self, flat: Tensor, n_tokens: int, n_latents: int):
+        self.n_tokens, self.n_latents = n_tokens, n_latents
+        if flat.device.type == "cpu":
+            self._index_on_cpu(flat.numpy())
         else:
-            self._index_on_device(mask_BF)
+            self._index_on_device(flat)
 
-    def _index_on_cpu(self, mask: np.ndarray) -> None:
-        flat = np.flatnonzero(mask)
+    @classmethod
+    def of_mask(cls, mask_BF: Tensor) -> "SparseActive":
+        """The pairs at which `mask` holds."""
+        return cls(mask_BF.reshape(-1).nonzero().squeeze(1), *mask_BF.shape)
+
+    def _index_on_cpu(self, flat: np.ndarray) -> None:
         bounds = np.searchsorted(flat, np.arange(self.n_tokens + 1) * self.n_latents)
         tokens = np.repeat(np.arange(self.n_tokens), np.diff(bounds))
         latents = flat - tokens * self.n_latents
@@ -90,36 +99,37 @@ class SparseActive:
         keys = latents.astype(np.uint16 if self.n_latents <= 2**16 else np.uint32)
         order = np.argsort(keys, kind="stable")
         per_latent = np.bincount(latents, minlength=self.n_latents)
-        self.flat = torch.from_numpy(flat)
         self.latents = torch.from_numpy(latents)
-        self.starts = torch.from_numpy(bounds[:-1])
+        self.bounds = torch.from_numpy(bounds)
         self.order = torch.from_numpy(order)
         self.tokens_by_latent = torch.from_numpy(tokens[order])
         self.starts_by_latent = torch.from_numpy(np.cumsum(per_latent) - per_latent)
 
-    def _index_on_device(self, mask: Tensor) -> None:
-        self.flat = mask.reshape(-1).nonzero().squeeze(1)
-        tokens = torch.div(self.flat, self.n_latents, rounding_mode="floor")
-        self.latents = self.flat - tokens * self.n_latents
-        counts, per_latent = mask.sum(1), mask.sum(0)
-        self.starts = counts.cumsum(0) - counts
-        self.order = torch.sort(self.latents, stable=True).indices
+    def _index_on_device(self, flat: Tensor) -> None:
+        tokens = torch.div(flat, self.n_latents, rounding_mode="floor")
+        self.latents = flat - tokens * self.n_latents
+        self.bounds = torch.searchsorted(flat, torch.arange(self.n_tokens + 1, device=flat.device) * self.n_latents)
+        by_latent, self.order = torch.sort(self.latents, stable=True)
         self.tokens_by_latent = tokens[self.order]
-        self.starts_by_latent = per_latent.cumsum(0) - per_latent
+        self.starts_by_latent = torch.searchsorted(by_latent, torch.arange(self.n_latents, device=flat.device))
+
+    @cached_property
+    def _pattern(self) -> Tensor:
+        """A sparse [B, F] of zeros at the pairs."""
+        zeros = torch.zeros(len(self.latents), device=self.latents.device)
+        return _sparse_rows(self.bounds, self.latents, zeros, (self.n_tokens, self.n_latents))
 
     def gather(self, values_BF: Tensor) -> Tensor:
-        return values_BF.reshape(-1)[self.flat]
+        flat = torch.repeat_interleave(self.bounds.diff(), output_size=len(self.latents)) * self.n_latents
+        return values_BF.reshape(-1)[flat.add_(self.latents)]
 
     def decode(self, values: Tensor, W_FD: Tensor) -> Tensor:
-        return embedding_bag(self.latents, W_FD, self.starts, mode="sum", per_sample_weights=values)
+        return embedding_bag(self.latents, W_FD, self.bounds[:-1], mode="sum", per_sample_weights=values)
 
     def row_dots(self, g_BD: Tensor, W_FD: Tensor, plus_F: Tensor | None = None) -> Tensor:
-        # the gradient of a weighted bag with respect to its weights is this dot product, without gathering rows
-        with torch.enable_grad():
-            weights = torch.zeros(len(self.latents), device=g_BD.device, dtype=g_BD.dtype, requires_grad=True)
-            bags = embedding_bag(self.latents, W_FD.detach(), self.starts, mode="sum", per_sample_weights=weights)
-        (dots,) = torch.autograd.grad(bags, weights, g_BD)
-        return dots if plus_F is None else dots + plus_F[self.latents]
+        pattern = self._pattern.to(g_BD.dtype)
+        dots = torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0.0).values()
+        return dots if plus_F is None else dots.add_(plus_F[self.latents])
 
     def latent_sums(self, values: Tensor, x_BD: Tensor) -> Tensor:
         by_latent = values[self.order]
@@ -128,6 +138,9 @@ class SparseActive:
         )
 
     def per_latent(self, values: Tensor) -> Tensor:
+        if values.device.type == "cpu":
+            sums = np.bincount(self.latents.numpy(), values.numpy(), minlength=self.n_latents)
+            return torch.from_numpy(sums).to(values.dtype)
         # not index_add: its order of summation is not fixed on a GPU
         return self.latent_sums(values, values.new_ones(self.n_tokens, 1)).squeeze(1)
 
@@ -138,15 +151,7 @@ class SparseActive:
         return values + by_F[self.latents]
 
 
-def select_active(support_BF: Tensor, mask_BF: Tensor | None = None, density: float | None = None) -> Active:
-    """The pairs at which `support` is positive (and `mask` holds), in the form that is faster at their density.
-
-    `density`, where the caller knows it, saves counting (on a GPU counting waits for the device).
-    """
-    active_BF = support_BF > 0 if mask_BF is None else mask_BF
-    if density is None:
-        count = np.count_nonzero(active_BF.numpy()) if active_BF.device.type == "cpu" else int(active_BF.sum())
-        density = count / active_BF.numel()
-    if density < SPARSE_BELOW.get(active_BF.device.type, 0.02):
-        return SparseActive(active_BF)
-    return DenseActive(support_BF if mask_BF is None else support_BF * mask_BF)
+def _sparse_rows(bounds: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():  # torch says once that its sparse rows are "in beta", and that it checks nothing
+        warnings.filterwarnings("ignore", message="Sparse")
+        return torch.sparse_csr_tensor(bounds, columns, values, shape, check_invariants=False)

@@ -18,7 +18,8 @@ from sae_core.functional import (
     top_k_mask,
     topk,
 )
-from sae_core.sae import SAEConfig, StepContext
+from sae_core.sae import Gradients, SAEConfig, StepContext
+from sae_core.kernels.select import _top_k_mask_by_index
 from sae_core.schedules import lr_factor, warm_up
 
 # Encoder and decoder of two latents: the first reads and writes the first coordinate (written twice as long), the
@@ -32,22 +33,22 @@ X = torch.tensor([[3.0, 1.0], [-1.0, 2.0]])
 def make(cls, architecture, **given):
     fields = {name: given.pop(name) for name in ("k", "rescale_acts_by_decoder_norm") if name in given}
     cfg = SAEConfig(architecture=architecture, d_in=2, d_sae=2, **fields)
-    weights = {name: torch.zeros(shape) for name, shape in cls.shapes(2, 2).items()}
+    weights = {name: torch.zeros(shape) for name, shape in cls.shapes(cfg).items()}
     return cls(cfg, {**weights, "W_enc": W_ENC, "W_dec": W_DEC, **given})
 
 
 def step(sae, coefficient, dead=None, x=X):
-    gradients = {name: torch.zeros_like(tensor) for name, tensor in sae.named_parameters()}
+    gradients = Gradients(frozenset(name for name, _ in sae.named_parameters()))
     with torch.no_grad():
-        return sae.accumulate_gradients(x, gradients, StepContext(len(x), coefficient, dead)), gradients
+        return sae.accumulate_gradients(x, x, gradients, StepContext(len(x), coefficient, dead)), gradients
 
 
 def test_standard_loss():
     # f = [[3, 1], [0, 2]], x_hat = [[6, 1], [0, 2]], errors 9 and 1; penalties 3*2 + 1 and 2
     terms, gradients = step(make(StandardSAE, "standard"), coefficient=0.5)
-    assert terms.squared_error == 10
+    assert terms.error.square().sum() == 10
     assert terms.loss == pytest.approx(10 / 2 + 0.5 * (7 + 2) / 2)
-    assert terms.fired.tolist() == [1, 2] and terms.active == 3
+    assert terms.fired.tolist() == [1, 2]
     # d loss / d b_dec through the decoder: mean of 2 (x_hat - x) = [(6 + 2) / 2, 0] = [4, 0]; through the encoder
     # minus the sum of d_pre: latent 0, token 0: 2 * 3 * 2 / 2 + 0.5 * 2 / 2 = 6.5; latent 1: 0.25 + 0.25
     assert gradients["b_enc"].tolist() == [6.5, 0.5]
@@ -66,7 +67,7 @@ def test_gated_loss():
     sae = make(GatedSAE, "gated", r_mag=torch.full((2,), math.log(2)), b_mag=torch.tensor([-1.0, -1.0]))
     torch.testing.assert_close(sae.encode(X), torch.tensor([[5.0, 1.0], [0.0, 3.0]]))
     terms, _ = step(sae, coefficient=0.5)
-    assert terms.squared_error.item() == pytest.approx(51, rel=1e-5)
+    assert terms.error.square().sum().item() == pytest.approx(51, rel=1e-5)
     assert terms.loss.item() == pytest.approx((51 + 10) / 2 + 0.5 * 9 / 2, rel=1e-5)
 
 
@@ -89,7 +90,7 @@ def test_topk_loss_with_a_dead_latent():
     # and 1 + 4
     sae = make(TopKSAE, "topk", k=1, rescale_acts_by_decoder_norm=True)
     terms, _ = step(sae, coefficient=0.5, dead=torch.tensor([False, True]))
-    assert terms.squared_error == 11
+    assert terms.error.square().sum() == 11
     assert terms.loss.item() == pytest.approx(11 / 2 + 0.5 * 14 / 2)
     alive, _ = step(sae, coefficient=0.5)
     assert alive.loss.item() == pytest.approx(11 / 2)
@@ -103,13 +104,12 @@ def test_jumprelu_encode():
 
 def test_fold_moves_norms_and_scale_and_keeps_the_function():
     sae = make(StandardSAE, "standard", b_enc=torch.tensor([1.0, 0.0]), b_dec=torch.tensor([0.0, 4.0]))
-    folded = sae.folded(2.0, {"a": 1})
+    folded = sae.folded(2.0, 2.0).unit_rows()
     assert folded.W_dec.tolist() == [[1, 0], [0, 1]]
     assert folded.W_enc.tolist() == [[2, 0], [0, 1]]  # times norm
     assert folded.b_enc.tolist() == [1.0, 0.0]  # times norm / scale
     assert folded.b_dec.tolist() == [0.0, 2.0]
     assert torch.equal(folded(X), sae(X * 2) / 2)
-    assert folded.cfg.metadata == {"a": 1}
 
 
 def test_topk_takes_positive_values_only():
@@ -125,9 +125,16 @@ def test_topk_keeps_exactly_k_of_tied_values():
 
 
 def test_the_two_ways_to_the_top_k_agree():
-    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
-    for k in (1, 7, 32, 33):
-        assert torch.equal(top_k_mask(x, k), top_k_mask(x.double(), k))
+    x = torch.randn(64, 160, generator=torch.Generator().manual_seed(0))
+    for k in (1, 7, 32, 159, 160):
+        for values in (x, x.bfloat16(), x - 2):  # few ties, many, and rows with fewer than k positive entries
+            ours, by_index = top_k_mask(values, k), _top_k_mask_by_index(values, k)
+            assert torch.equal(ours.sum(1), by_index.sum(1))
+            kept, others = torch.where(ours, values, torch.inf), torch.where(ours, -torch.inf, values)
+            if k < 160:
+                assert (kept.amin(1) >= others.amax(1)).all() or not (values > 0).all()
+            if values.dtype == torch.float32:
+                assert torch.equal(ours, by_index)
 
 
 def test_aux_k_scale():

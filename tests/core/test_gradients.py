@@ -5,8 +5,8 @@ import torch
 
 from sae_cases import SETTINGS
 from sae_core import ARCHITECTURES, SAETrainer, parse_settings
-from sae_core.kernels import DenseActive, SparseActive, active, select_active
-from sae_core.sae import SAEConfig, StepContext
+from sae_core.kernels import Above, DenseActive, SparseActive, active, encode
+from sae_core.sae import Gradients, SAEConfig, StepContext
 
 D_IN, D_SAE, TOKENS = 6, 10, 16
 
@@ -14,10 +14,11 @@ D_IN, D_SAE, TOKENS = 6, 10, 16
 def make_sae(architecture: str, **fields):
     generator = torch.Generator().manual_seed(5)
     cls = ARCHITECTURES[architecture]
+    config = SAEConfig(architecture=architecture, d_in=D_IN, d_sae=D_SAE, dtype="float64", **fields)
     weights = {
-        name: torch.randn(shape, generator=generator).double() * 0.5 for name, shape in cls.shapes(D_IN, D_SAE).items()
+        name: torch.randn(shape, generator=generator).double() * 0.5 for name, shape in cls.shapes(config).items()
     }
-    return cls(SAEConfig(architecture=architecture, d_in=D_IN, d_sae=D_SAE, dtype="float64", **fields), weights)
+    return cls(config, weights)
 
 
 def plain_standard(w, x, coefficient, dead):
@@ -70,16 +71,16 @@ def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, pat
     expected_loss = PLAIN[architecture](weights, x, 0.7, dead)
     expected_loss.backward()
 
-    gradients = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    gradients = Gradients(frozenset(weights))
     with torch.no_grad():
-        terms = sae.accumulate_gradients(x, gradients, StepContext(TOKENS, 0.7, dead))
+        terms = sae.accumulate_gradients(x, x, gradients, StepContext(TOKENS, 0.7, dead))
     torch.testing.assert_close(terms.loss, expected_loss.detach())
     for name, tensor in weights.items():
-        torch.testing.assert_close(gradients[name], tensor.grad, msg=lambda m, name=name: f"{name}: {m}")
+        gradient = gradients[name].T if name == "W_enc" else gradients[name]
+        torch.testing.assert_close(gradient, tensor.grad, msg=lambda m, name=name: f"{name}: {m}")
     f = sae.encode(x)
-    torch.testing.assert_close(terms.x_hat, sae.decode(f))
+    torch.testing.assert_close(terms.error, sae.decode(f) - x)
     assert torch.equal(terms.fired, (f > 0).sum(0).double())
-    assert terms.active == (f > 0).sum()
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -102,7 +103,7 @@ def test_both_forms_of_active_pairs_do_the_same():
     support[:, 1] = 0
     g, W = torch.randn(5, 3, generator=generator), torch.randn(4, 3, generator=generator)
     plus, mask = torch.randn(4, generator=generator), support > 0
-    dense, sparse = DenseActive(support), SparseActive(mask)
+    dense, sparse = DenseActive(support), SparseActive.of_mask(mask)
 
     def spread(values):
         return torch.zeros(5, 4).masked_scatter(mask, values)
@@ -119,7 +120,7 @@ def test_both_forms_of_active_pairs_do_the_same():
 
 
 def test_no_active_pair_at_all_is_no_special_case():
-    nothing = SparseActive(torch.zeros(3, 4, dtype=torch.bool))
+    nothing = SparseActive.of_mask(torch.zeros(3, 4, dtype=torch.bool))
     values = nothing.gather(torch.ones(3, 4))
     assert values.shape == (0,)
     assert torch.equal(nothing.decode(values, torch.ones(4, 2)), torch.zeros(3, 2))
@@ -128,16 +129,17 @@ def test_no_active_pair_at_all_is_no_special_case():
 
 
 def test_the_form_follows_the_density():
-    support = torch.zeros(10, 10)
-    support[0] = 1
-    assert isinstance(select_active(support), SparseActive)
-    assert isinstance(select_active(torch.ones(10, 10)), DenseActive)
+    few = torch.full((10,), -1.0)
+    few[0] = 1
+    x, W_enc = torch.zeros(20, 4), torch.zeros(4, 10)
+    assert isinstance(encode(x, W_enc, few, Above())[0], SparseActive)
+    assert isinstance(encode(x, W_enc, -few, Above())[0], DenseActive)
 
 
 def test_more_latents_than_sixteen_bits_hold():
     mask = torch.zeros(2, 70_000, dtype=torch.bool)
     mask[0, 69_999] = mask[1, 3] = mask[1, 69_999] = True
-    sparse = SparseActive(mask)
+    sparse = SparseActive.of_mask(mask)
     sums = sparse.latent_sums(torch.tensor([1.0, 10.0, 100.0]), torch.ones(2, 1))
     assert sums[69_999] == 101 and sums[3] == 10 and sums.sum() == 111
 
@@ -145,8 +147,8 @@ def test_more_latents_than_sixteen_bits_hold():
 def test_the_index_made_on_a_device_is_the_one_made_on_cpu():
     mask = torch.rand(20, 30, generator=torch.Generator().manual_seed(9)) < 0.1
     mask[4] = False
-    by_numpy, by_torch = SparseActive(mask), SparseActive(mask)
-    by_torch._index_on_device(mask)
+    by_numpy, by_torch = SparseActive.of_mask(mask), SparseActive.of_mask(mask)
+    by_torch._index_on_device(mask.view(-1).nonzero().squeeze(1))
     for name, tensor in vars(by_numpy).items():
         assert name.startswith("n_") or torch.equal(tensor, vars(by_torch)[name]), name
 

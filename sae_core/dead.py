@@ -1,0 +1,43 @@
+"""What is done about dead latents: those that have fired on none of the last `dead_after_tokens` tokens."""
+
+import torch
+from torch import Tensor
+
+from sae_core.functional import aux_k_scale
+from sae_core.kernels import TopK, encode
+from sae_core.sae import Gradients, StepContext, TrainableSAE
+
+
+def accumulate_aux_k(
+    sae: TrainableSAE, x_centred: Tensor, error: Tensor, gradients: Gradients, context: StepContext
+) -> Tensor:
+    """Add the gradients of AuxK, and return its loss: the k_aux dead latents that rank highest reconstruct what the
+    living ones leave of the target, `-error` [tokens, d_out], which is a constant here.
+
+    Source: Gao et al., arXiv 2406.04093, appendix A.2; ranked by pre_i * ||W_dec_i|| as the living ones are.
+    """
+    dead = context.dead.nonzero().squeeze(1)
+    k_aux, weight = aux_k_scale(len(dead), sae.d_in, context.coefficient)
+    W_dec, W_enc_rows = sae.W_dec[dead], sae.W_enc.T[dead]
+    norms = W_dec.norm(dim=1).clamp_min_(1e-12)
+    scaled = (W_enc_rows * norms[:, None]).T
+    selection = TopK(k_aux, len(dead))
+    active, ranks = encode(x_centred, scaled, sae.b_enc[dead] * norms, selection, context.encoder_dtype)
+    z = active.scale(ranks, 1 / norms)
+    aux_error = active.decode(z, W_dec).add_(error)
+
+    d_out = aux_error * (2 * weight / context.batch_tokens)
+    d_pre = active.row_dots(d_out, W_dec)
+    d_bias = active.per_latent(d_pre)
+    _add_rows(gradients, "W_dec", dead, active.latent_sums(z, d_out))
+    _add_rows(gradients, "W_enc", dead, active.latent_sums(d_pre, x_centred))
+    _add_rows(gradients, "b_enc", dead, d_bias)
+    if sae.cfg.apply_b_dec_to_input:
+        gradients.add("b_dec", -(d_bias @ W_enc_rows))
+    return aux_error.square().sum() * (weight / context.batch_tokens)
+
+
+def _add_rows(gradients: Gradients, name: str, rows: Tensor, values: Tensor) -> None:
+    """Add to some rows of a gradient that has been added before."""
+    if name in gradients.wanted:
+        gradients[name].index_add_(0, rows, values)
