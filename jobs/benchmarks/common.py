@@ -3,7 +3,8 @@
     rows = [Comparison("wall", "s", ours=100.0, opponent=200.0, goal=1.5)]
     report("a title", rows, arguments, described=machine(), versions_of=["torch"])
 
-A ratio is always "how many times better ours is", whichever way the figure points.
+A ratio is "how many times better ours is", whichever way the figure points; with `at_most`, where ours may be worse
+and the question is by how much, it is ours / opponent.
 """
 
 import argparse
@@ -37,28 +38,32 @@ Result = TypeVar("Result")
 # ---- options and runs -----------------------------------------------------------------------------------------------
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(description: str | None, *, repeats: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `repeats` where it is run time that is measured."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="seconds, on next to no data; its figures mean nothing")
     made.add_argument("--json", metavar="FILE", type=Path, help="write machine, versions and figures here")
-    made.add_argument("--repeats", metavar="N", type=_count, default=1, help="runs of each side; medians are shown")
+    if repeats:
+        made.add_argument("--repeats", metavar="N", type=count, default=1, help="runs of each side; medians are shown")
     return made
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def interleaved(sides: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
+def interleaved(
+    sides: Mapping[str, Callable[[], Result]], repeats: int, *, announce: bool = True
+) -> dict[str, list[Result]]:
     """Run every side `repeats` times, one after the other, each round in the opposite order of the one before."""
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for index in range(repeats):
         for name in list(sides) if index % 2 == 0 else reversed(list(sides)):
-            print(f"[{time.strftime('%H:%M:%S')}] run {index + 1} of {repeats}: {name} "
-                  f"(load average {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
+            if announce:
+                print(f"[{time.strftime('%H:%M:%S')}] run {index + 1} of {repeats}: {name} "
+                      f"(load average {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
             results[name].append(sides[name]())
     return results
 
@@ -94,6 +99,7 @@ class Comparison:
     """One line of the table. `goal` is the least ratio; None where nothing is promised.
 
     `lower_is_better` None: the figure is shown for context and has no ratio.
+    `at_most`: the ratio is ours / opponent, and `goal` the greatest that holds.
     """
 
     name: str
@@ -102,17 +108,21 @@ class Comparison:
     opponent: float | None = None
     goal: float | None = None
     lower_is_better: bool | None = True
+    at_most: bool = False
 
     @property
     def ratio(self) -> float | None:
         if self.opponent is None or self.lower_is_better is None:
             return None
-        better, worse = (self.ours, self.opponent) if self.lower_is_better else (self.opponent, self.ours)
+        ours_below = self.lower_is_better and not self.at_most
+        better, worse = (self.ours, self.opponent) if ours_below else (self.opponent, self.ours)
         return worse / better if better else math.nan
 
     @property
     def holds(self) -> bool | None:
-        return None if self.goal is None or self.ratio is None else self.ratio >= self.goal
+        if self.goal is None or self.ratio is None:
+            return None
+        return self.ratio <= self.goal if self.at_most else self.ratio >= self.goal
 
     def figures(self) -> list[dict[str, Any]]:
         """This line as entries of the JSON's `figures`."""
@@ -165,7 +175,8 @@ def table(rows: Sequence[Comparison]) -> str:
     for row in rows:
         name = f"{row.name} ({row.unit})" if row.unit else row.name
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        goal = "" if row.goal is None else f"{row.goal:g} {'holds' if row.holds else 'MISSED'}"
+        limit = "at most " if row.at_most else ""
+        goal = "" if row.goal is None else f"{limit}{row.goal:g} {'holds' if row.holds else 'MISSED'}"
         cells.append([name, _number(row.ours), _number(row.opponent), ratio, goal])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = [

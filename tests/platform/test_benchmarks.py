@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_core import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parents[2]
 FIGURE_KEYS = {"name", "value", "unit", "goal", "holds"}
 
@@ -43,6 +45,40 @@ def test_the_sweep_benchmark_runs_both_sides(tmp_path):
     assert all(figure["holds"] is None for figure in figures.values())  # a quick run promises nothing
 
 
+@pytest.mark.compat
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
+def test_the_step_benchmark_compares_every_architecture(tmp_path):
+    path = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "jobs/benchmarks/step.py", "--quick", "--json", str(path)],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "These figures mean nothing" in done.stdout
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["quick"] is True
+    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
+    figures = {figure["name"]: figure for figure in written["figures"]}
+    assert all(figure.keys() == FIGURE_KEYS for figure in figures.values())
+    sparse = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated")
+    sparse = tuple(name for name in sparse if name in ARCHITECTURES)
+    dense = tuple(f"{name}-dense" for name in ("standard", "jumprelu", "gated") if name in ARCHITECTURES)
+    timed = (*sparse, *dense, "topk-dead")
+    others = ("topk against the encoder's GEMM alone", "topk, memory of a step")
+    for name in (*timed, *others, *(f"{name}, rate" for name in timed)):
+        assert figures[f"{name}, ours"]["value"] > 0 and figures[f"{name}, opponent"]["value"] > 0
+    assert any(name.startswith("pack of ") and name.endswith(", ratio") for name in figures)
+    for name in ("topk", "batch_topk", "matryoshka"):
+        if name in sparse:
+            assert figures[f"{name}, L0, ours"]["value"] == figures[f"{name}, L0, opponent"]["value"] == 8
+    assert figures["topk-dead, dead latents, ours"]["value"] == figures["topk-dead, dead latents, opponent"]["value"]
+    assert all(figure["holds"] is None for figure in figures.values())  # a quick run promises nothing
+
+
 def test_a_ratio_says_how_many_times_better_ours_is():
     spec = importlib.util.spec_from_file_location("benchmark_common", ROOT / "jobs/benchmarks/common.py")
     assert spec is not None and spec.loader is not None
@@ -54,6 +90,10 @@ def test_a_ratio_says_how_many_times_better_ours_is():
     assert (seconds.ratio, seconds.holds) == (2.5, True)
     rate = common.Comparison("tokens", "1/s", ours=10.0, opponent=20.0, goal=1.0, lower_is_better=False)
     assert (rate.ratio, rate.holds) == (0.5, False)
+    within = common.Comparison("memory", "MB", ours=2.0, opponent=5.0, goal=0.5, at_most=True)
+    assert (within.ratio, within.holds) == (0.4, True)
+    beyond = common.Comparison("GEMM", "s", ours=4.0, opponent=2.0, goal=1.8, at_most=True)
+    assert (beyond.ratio, beyond.holds) == (2.0, False)
     context = common.Comparison("L0", "", ours=8.0, opponent=9.0, lower_is_better=None)
     assert (context.ratio, context.holds) == (None, None)
     assert [figure["name"] for figure in context.figures()] == ["L0, ours", "L0, opponent"]
