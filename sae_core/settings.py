@@ -49,8 +49,8 @@ class SAESettings(BaseModel):
 class TrainingSettings(BaseModel):
     """How long and how fast: everything that SAEs of one sweep share.
 
-    `lr` rises linearly over `lr_warm_up_steps` and falls linearly to 0 over the last `lr_decay_steps`
-    (None: the last fifth of the run). A latent is dead that has not fired for `dead_after_tokens` tokens. The encoder's
+    `lr` rises linearly over `lr_warm_up_steps` and falls to 0 over the last `lr_decay_steps` (None: the last fifth of
+    the run) as `lr_decay` says: along a line, along half a cosine, or, if constant, not at all. A latent is dead that has not fired for `dead_after_tokens` tokens. The encoder's
     product is made in `encoder_dtype`; weights, gradients and everything else are float32.
     """
 
@@ -60,6 +60,7 @@ class TrainingSettings(BaseModel):
     batch_tokens: int = Field(gt=0)
     lr: float = Field(default=4e-4, gt=0)
     lr_warm_up_steps: int = Field(default=0, ge=0)
+    lr_decay: Literal["linear", "cosine", "constant"] = "linear"
     lr_decay_steps: int | None = Field(default=None, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -70,6 +71,11 @@ class TrainingSettings(BaseModel):
     def check_betas_and_schedule(self) -> "TrainingSettings":
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas is {self.adam_betas}; both must be at least 0 and below 1")
+        if self.lr_decay == "constant" and self.lr_decay_steps:
+            raise ValueError(
+                f"lr_decay_steps is {self.lr_decay_steps}, but lr_decay is 'constant', without a decay; accepted: 0, or "
+                "lr_decay linear or cosine"
+            )
         if self.lr_warm_up_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"lr_warm_up_steps ({self.lr_warm_up_steps}) and lr_decay_steps ({self.decay_steps}) together "
@@ -79,6 +85,8 @@ class TrainingSettings(BaseModel):
 
     @property
     def decay_steps(self) -> int:
+        if self.lr_decay == "constant":
+            return 0
         return self.steps // 5 if self.lr_decay_steps is None else self.lr_decay_steps
 
 

@@ -168,6 +168,21 @@ def test_lr_falls_over_the_last_fifth_unless_told():
     assert [lr_factor(step, training) for step in (7, 8, 9)] == [1, 1, 0.5]
 
 
+def test_a_cosine_falls_slowly_at_both_ends():
+    training = TrainingSettings(
+        steps=10, batch_tokens=1, dead_after_tokens=1, lr_warm_up_steps=2, lr_decay="cosine", lr_decay_steps=4
+    )
+    # (1 + cos(pi t)) / 2 at t = 0, 1/4, 1/2, 3/4, 1
+    a_quarter = (1 + math.sqrt(0.5)) / 2
+    factors = [lr_factor(step, training) for step in (0, 1, 5, 6, 7, 8, 9, 10)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, a_quarter, 0.5, 1 - a_quarter, 0])
+
+
+def test_a_constant_lr_does_not_fall():
+    training = TrainingSettings(steps=10, batch_tokens=1, dead_after_tokens=1, lr_warm_up_steps=2, lr_decay="constant")
+    assert [lr_factor(step, training) for step in (0, 1, 5, 9)] == [0.5, 1, 1, 1]
+
+
 def sums(**changes) -> EvaluationSums:
     given = dict(
         n_tokens=2, n_predictions=2, ce_clean=2.0, ce_ablated=10.0, ce_sae=4.0, kl_ablated=8.0, kl_sae=2.0, l0=6.0,

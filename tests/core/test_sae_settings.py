@@ -60,6 +60,8 @@ def test_settings_cannot_be_changed():
         ({"steps": 0}, "steps is 0"),
         ({"lr": 0}, "lr is 0"),
         ({"lr_warm_up_steps": 90}, "together exceed steps"),
+        ({"lr_decay": "constant", "lr_decay_steps": 3}, "lr_decay_steps is 3"),
+        ({"lr_decay": "square"}, "lr_decay is 'square'"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
         ({"max_grad_norm": 0}, "max_grad_norm is 0"),
         ({"warm_up": 3}, "unknown key 'warm_up'"),
