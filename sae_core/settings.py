@@ -50,8 +50,9 @@ class TrainingSettings(BaseModel):
     """How long and how fast: everything that SAEs of one sweep share.
 
     `lr` rises linearly over `lr_warm_up_steps` and falls to 0 over the last `lr_decay_steps` (None: the last fifth of
-    the run) as `lr_decay` says: along a line, along half a cosine, or, if constant, not at all. A latent is dead that has not fired for `dead_after_tokens` tokens. The encoder's
-    product is made in `encoder_dtype`; weights, gradients and everything else are float32.
+    the run) as `lr_decay` says: along a line, along half a cosine, or, if constant, not at all. A latent is dead that
+    has not fired for `dead_after_tokens` tokens. The encoder's product is made in `encoder_dtype`; weights, gradients
+    and everything else are float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -73,8 +74,8 @@ class TrainingSettings(BaseModel):
             raise ValueError(f"adam_betas is {self.adam_betas}; both must be at least 0 and below 1")
         if self.lr_decay == "constant" and self.lr_decay_steps:
             raise ValueError(
-                f"lr_decay_steps is {self.lr_decay_steps}, but lr_decay is 'constant', without a decay; accepted: 0, or "
-                "lr_decay linear or cosine"
+                f"lr_decay_steps is {self.lr_decay_steps}, but lr_decay is 'constant', without a decay; accepted: 0, "
+                "or lr_decay linear or cosine"
             )
         if self.lr_warm_up_steps + self.decay_steps > self.steps:
             raise ValueError(
