@@ -8,6 +8,11 @@
 
 Excluded tokens count in nothing. Their activations pass unchanged through the SAE's run and are zero in the ablated
 one, as SAELens does. Cross-entropy counts at kept positions that have a next token, KL at all kept positions.
+
+A transcoder reads one hook point and is judged at the other one, that it writes: there its output is put into the
+model, there activations are ablated, and x in the formulas is what the model itself has there. SAELens' evaluations
+know no such thing: they compare a transcoder's output with its input, put it in the input's place, and (its hooked
+models, too) leave its skip connection out.
 """
 
 from collections.abc import Mapping
@@ -41,13 +46,13 @@ class EvaluationSums:
     x_dot_x_hat: float
     cosine: float
     l2_ratio: float
-    sum_x: Tensor  # [d_in] float64, CPU
+    sum_x: Tensor  # [d_out] float64, CPU; x is what is to be reconstructed
     fired: Tensor  # [d_sae] int64, CPU: on how many tokens each latent was not 0
 
     def merge(self, other: "EvaluationSums") -> "EvaluationSums":
         """Add `other`'s sums to these; returns self."""
         if self.sum_x.shape != other.sum_x.shape or self.fired.shape != other.fired.shape:
-            raise ConfigError("only sums of the same SAE can be merged: their d_in or d_sae differ")
+            raise ConfigError("only sums of the same SAE can be merged: their d_out or d_sae differ")
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
         return self
@@ -96,18 +101,22 @@ def evaluate_rows(
     kept: Tensor,
     *,
     rows_per_forward: int,
+    writes: str | None = None,
 ) -> dict[str, EvaluationSums]:
-    """Evaluate SAEs (anything with `encode` and `decode`) of one hook point on the same rows of tokens.
+    """Evaluate SAEs of one hook point on the same rows of tokens: anything with `reconstruct` (x -> latents and
+    reconstruction), or else with `encode` and `decode`.
 
     model: TransformerLens' TransformerBridge or HookedTransformer. tokens, kept: [rows, context], integer and bool.
-    The clean and the ablated pass run once for all SAEs, and the passes with an SAE start at the hook point's layer
-    where the model allows it. Raises ConfigError if the model has no such hook point.
+    writes: the hook point that transcoders reconstruct from `hook_point`, at or behind it in the model.
+    The clean and the ablated pass run once for all SAEs, and the passes with an SAE start at the layer that is written
+    where the model allows it. Raises ConfigError if the model has no such hook point, or a reconstruction is of
+    another width than what is to be reconstructed.
     """
     if tokens.shape != kept.shape or tokens.ndim != 2:
         raise ConfigError(
             f"tokens have shape {list(tokens.shape)} and kept {list(kept.shape)}; accepted: both [rows, context]"
         )
-    rerun = Rerun(model, hook_point)
+    rerun = Rerun(model, writes or hook_point, reads=hook_point)
     device = next(model.parameters()).device
     tokens, kept = tokens.to(device), kept.to(device, torch.bool)
     results: dict[str, EvaluationSums] = {}
@@ -124,39 +133,54 @@ def _evaluate_forward(
     behaviour = _Behaviour(logits, rows, keep)
     del logits
     ce_ablated, kl_ablated = behaviour.compare(rerun.replaced(torch.zeros_like(activations)))
-    x = activations[keep]
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x, target = (_wide(given[keep]) for given in (rerun.inputs, activations))
+    target_64 = target.double()
     results = {}
     for name, sae in saes.items():
         f, x_hat = _reconstruct(sae, x)
+        if x_hat.shape != target.shape:
+            raise ConfigError(
+                f"SAE {name!r} reconstructs {x_hat.shape[-1]} dimensions, and {rerun.hook_point!r} has "
+                f"{target.shape[-1]}"
+            )
         replaced = activations.clone()
         replaced[keep] = x_hat.to(activations.dtype)
         ce_sae, kl_sae = behaviour.compare(rerun.replaced(replaced))
-        x_64, x_hat_64 = x.double(), x_hat.double()
+        x_hat_64 = x_hat.double()
         sums = torch.stack(
             [
                 *(behaviour.ce_clean, ce_ablated, ce_sae, kl_ablated, kl_sae),
                 (f != 0).sum().double(),
                 f.abs().sum(dtype=torch.float64),
-                squared_error(x_64, x_hat_64).sum(),
-                x_64.square().sum(),
+                squared_error(target_64, x_hat_64).sum(),
+                target_64.square().sum(),
                 x_hat_64.square().sum(),
-                (x_64 * x_hat_64).sum(),
-                cosine(x_64, x_hat_64).sum(),
-                l2_ratio(x_64, x_hat_64).sum(),
+                (target_64 * x_hat_64).sum(),
+                cosine(target_64, x_hat_64).sum(),
+                l2_ratio(target_64, x_hat_64).sum(),
             ]
         ).tolist()
         results[name] = EvaluationSums(
-            len(x), behaviour.n_predictions, *sums, sum_x=x_64.sum(0).cpu(), fired=(f != 0).sum(0).cpu()
+            len(x), behaviour.n_predictions, *sums, sum_x=target_64.sum(0).cpu(), fired=(f != 0).sum(0).cpu()
         )
     return results
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _reconstruct(sae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Latents and reconstruction, on the device of `x`, computed where the SAE lies."""
     own = next(iter([*sae.parameters(), *sae.buffers()]), x)
-    f = sae.encode(x.to(own.device))
-    return f.to(x.device), sae.decode(f).to(x.device, x.dtype)
+    given = x.to(own.device)
+    if hasattr(sae, "reconstruct"):
+        f, x_hat = sae.reconstruct(given)
+    else:
+        f = sae.encode(given)
+        x_hat = sae.decode(f)
+    return f.to(x.device), x_hat.to(x.device, x.dtype)
 
 
 class _Behaviour:

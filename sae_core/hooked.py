@@ -5,7 +5,7 @@ library does not import TransformerLens.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,11 +24,15 @@ class Rerun:
 
     A pass with replaced activations leaves out the layers below: their blocks hand on the clean pass's residual
     stream. Whether a model stands that is tried once, by comparing logits; if not, the whole model is run.
+
+    `reads`: another hook point, whose activations the clean pass notes as well (`inputs`): what a transcoder reads. It
+    lies at or before `hook_point`, so that replacing activations there does not change it.
     """
 
-    def __init__(self, model: nn.Module, hook_point: str):
+    def __init__(self, model: nn.Module, hook_point: str, reads: str | None = None):
         self.model = model
         self.hook_point = hook_point
+        self.reads = reads or hook_point
         found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_point)
         self.layer = int(found.group(1)) if found else None
         self.kind = found.group(2) if found else hook_point
@@ -46,21 +50,24 @@ class Rerun:
     def clean(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [rows, context, vocabulary] and activations [rows, context, d] (heads, if any, side by side)."""
         seen: dict[str, Any] = {}
+        names = dict.fromkeys((self.hook_point, self.reads))
 
-        def keep(activation: Tensor, hook: Any) -> None:
-            seen["activation"] = activation.detach()
+        def keep(name: str) -> Callable[[Tensor, Any], None]:
+            return lambda activation, hook: seen.update({name: activation.detach()})
 
         try:
             with self._residual_at_input(seen):
-                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(self.hook_point, keep)])
+                hooks = [(name, keep(name)) for name in names]
+                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
         except KeyError as error:  # HookedTransformer; the bridge says nothing and calls no hook
-            if error.args != (self.hook_point,):
+            if not (error.args and error.args[0] in names):
                 raise
-        if "activation" not in seen:
-            raise ConfigError(f"hook point {self.hook_point!r}: the model has none of this name")
+        if missing := [name for name in names if name not in seen]:
+            raise ConfigError(f"hook point {missing[0]!r}: the model has none of this name")
         self.tokens, self.residual, self.as_tuple = tokens, seen["residual"], seen["as_tuple"]
-        self.shape = seen["activation"].shape
-        activations = seen["activation"].reshape(*tokens.shape, -1)
+        self.shape = seen[self.hook_point].shape
+        self.inputs = seen[self.reads].reshape(*tokens.shape, -1)
+        activations = seen[self.hook_point].reshape(*tokens.shape, -1)
         self.skip = self._skippable(activations)
         return logits, activations
 

@@ -1,6 +1,7 @@
 """Runs the language model: harvests blocks of activations, and evaluates SAEs inside the model."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from penstock.activations import from_wire, wire_dtype
 from penstock.errors import ModelError
 from penstock.models import load_model
+from penstock.sites import parse_array
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.tokens import TokenStore, row_generator
@@ -45,28 +47,37 @@ class ModelHost:
     # ---- harvesting ----
 
     def harvest(
-        self, store: TokenStore, data: DataSpec, block: int, hook_points: Sequence[str]
+        self, store: TokenStore, data: DataSpec, block: int, arrays: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """The activations of a block of train rows: an array [kept tokens, d_in] for each hook point.
+        """The activations of a block of train rows: an array [kept tokens, d] for each name (see `Site.array`).
 
         Excluded tokens are left out and the rest permuted once by (data.seed, block), the same way for all hook points:
         row i is one token everywhere. Arrays have the model's type (bfloat16 as uint16, see `activations`). On a CPU
-        of one type with the same threads they are the same bit for bit, whatever hook points are asked for together.
+        of one type with the same threads they are the same bit for bit, whatever arrays are asked for together.
 
         With `data.exclude.norm_over_median`, a token whose norm at a hook point is more than that multiple of the
-        block's median there gives its place, at that hook point only, to another token of the block (the first of the
-        permuted order, then the second, ...): step counts and the alignment of all other rows stay as they are.
+        block's median there gives its place to another token of the block (the first of the permuted order, then the
+        second, ...), so that step counts stay as they are. This happens in each array for itself, but in those of a
+        transcoder's site together, for the outliers of both its hook points: there row i stays one token in both.
 
         Raises `ModelError` for a hook point that the model lacks, and when not even one row fits into memory.
         """
         rows = store.rows("train", block * store.block_rows, (block + 1) * store.block_rows)
         kept = store.kept(rows)
         places = row_generator(data.seed, block).permutation(int(kept.sum()))
-        arrays = self._activations(rows, kept, places, hook_points)
-        if data.exclude.norm_over_median is not None:
-            for array in arrays.values():
-                replace_outliers(from_wire(array, self.dtype), data.exclude.norm_over_median)
-        return arrays
+        sources = {name: parse_array(name) for name in arrays}
+        needed = dict.fromkeys(name for hook_point, judged in sources.values() for name in (hook_point, *judged))
+        found = self._activations(rows, kept, places, list(needed))
+        limit = data.exclude.norm_over_median
+        if limit is None:
+            return {name: found[hook_point] for name, (hook_point, _) in sources.items()}
+        outliers = {name: norm_outliers(from_wire(array, self.dtype), limit) for name, array in found.items()}
+        uses = Counter(hook_point for hook_point, _ in sources.values())
+        made = {}
+        for name, (hook_point, judged) in sources.items():
+            made[name] = found[hook_point].copy() if uses[hook_point] > 1 else found[hook_point]
+            replace_rows(from_wire(made[name], self.dtype), torch.stack([outliers[one] for one in judged]).any(0))
+        return made
 
     def _activations(
         self, rows: np.ndarray, kept: np.ndarray, places: np.ndarray, hook_points: Sequence[str]
@@ -148,19 +159,22 @@ class ModelHost:
 
     def evaluate(
         self, store: TokenStore, data: DataSpec, hook_point: str, saes: Mapping[str, nn.Module], split: Split,
-        start_row: int, stop_row: int,
+        start_row: int, stop_row: int, *, writes: str | None = None, tokens_of: Sequence[str] | None = None,
     ) -> "dict[str, EvaluationSums]":  # fmt: skip
         """Sums of the metrics of SAEs of one hook point over some rows of a split, to be added up over slices.
 
-        With `data.exclude.norm_over_median` a token counts when its norm is at most that multiple of the median norm of
-        train block 0, so that the tokens do not depend on how a split is cut into slices.
+        Transcoders read `hook_point` and are compared with, and put at, `writes`. With `data.exclude.norm_over_median`
+        a token counts when its norm, at each of `tokens_of` (what is read and written unless given), is at most that
+        multiple of the median norm of train block 0 there, so that the tokens do not depend on how a split is cut into
+        slices.
         """
         from sae_core.evaluation import evaluate_rows
 
         rows = store.rows(split, start_row, stop_row)
         kept = store.kept(rows)
         if data.exclude.norm_over_median is not None:
-            kept = self._without_outliers(store, data, hook_point, rows, kept)
+            for name in tokens_of or dict.fromkeys((hook_point, writes or hook_point)):
+                kept = self._without_outliers(store, data, name, rows, kept)
         tokens = torch.from_numpy(rows.astype(np.int64)).to(self.device)
         kept_tokens = torch.from_numpy(kept).to(self.device)
         while True:
@@ -173,6 +187,7 @@ class ModelHost:
                     tokens,
                     kept_tokens,
                     rows_per_forward=rows_per_forward,  # noqa: B023
+                    writes=writes,
                 )
             )
             if sums is not None:
@@ -195,13 +210,18 @@ class ModelHost:
         return from_wire(arrays[hook_point], self.dtype).float().norm(dim=1)
 
 
-def replace_outliers(activations: Tensor, norm_over_median: float) -> None:
-    """Overwrite rows [n, d_in] whose norm is above `norm_over_median` times the median by the first that are not."""
+def norm_outliers(activations: Tensor, norm_over_median: float) -> Tensor:
+    """Which rows [n] of [n, d] have a norm above `norm_over_median` times the median."""
     norms = activations.float().norm(dim=1)
-    limit = norm_over_median * norms.median()
-    outliers = torch.nonzero(norms > limit).squeeze(1)
-    ordinary = torch.nonzero(norms <= limit).squeeze(1)
-    activations[outliers] = activations[ordinary[torch.arange(len(outliers)) % len(ordinary)]]
+    return norms > norm_over_median * norms.median()
+
+
+def replace_rows(activations: Tensor, replaced: Tensor) -> None:
+    """Overwrite the rows of [n, d] that `replaced` [n] marks by the first that it does not."""
+    places = torch.nonzero(replaced).squeeze(1)
+    others = torch.nonzero(~replaced).squeeze(1)
+    if len(others):
+        activations[places] = activations[others[torch.arange(len(places)) % len(others)]]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

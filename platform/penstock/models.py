@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from penstock.errors import ModelError
+from penstock.sites import Site
 from penstock.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_PARALLEL = {"gptj", "codegen", "phi", "cohere", "cohere2"}  # attention and MLP read the same residual stream
+# Attention and MLP read the same residual stream, after one norm; GPT-NeoX, which can be so too, has two norms.
+_PARALLEL = {"gptj", "codegen", "phi", "cohere", "cohere2"}
 _FINGERPRINT_BYTES = 1 << 20
 _HUB_SECONDS = 10
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -179,13 +181,17 @@ def _is_parallel(config: Any) -> bool:
 
 
 def _hook_points(config: Any) -> dict[str, int]:
-    """Name and width of what an SAE may be trained on. Several heads count as one vector."""
+    """Name and width of what an SAE may read or write, in the order of the forward pass. Several heads count as one
+    vector. `hook_normalized` lies before a norm's own weights, `mlp.hook_in` after those of the second norm."""
     d_model, heads = config.hidden_size, config.num_attention_heads * _head_width(config)
-    of_a_block = {"hook_resid_pre": d_model, "hook_resid_mid": d_model, "hook_resid_post": d_model,
-                  "hook_attn_out": d_model, "hook_mlp_out": d_model, "attn.hook_z": heads,
-                  "mlp.hook_pre": _mlp_width(config), "mlp.hook_post": _mlp_width(config)}  # fmt: skip
+    of_a_block = {"hook_resid_pre": d_model, "ln1.hook_normalized": d_model, "attn.hook_z": heads,
+                  "hook_attn_out": d_model, "hook_resid_mid": d_model, "ln2.hook_normalized": d_model,
+                  "mlp.hook_in": d_model, "mlp.hook_pre": _mlp_width(config), "mlp.hook_post": _mlp_width(config),
+                  "hook_mlp_out": d_model, "hook_resid_post": d_model}  # fmt: skip
     if _is_parallel(config):  # nothing lies between attention and MLP
         del of_a_block["hook_resid_mid"]
+    if config.model_type in _PARALLEL or getattr(config, "parallel_attn", False):
+        del of_a_block["ln2.hook_normalized"]
     if _n_experts(config):  # every expert has its own
         del of_a_block["mlp.hook_pre"], of_a_block["mlp.hook_post"]
     return {
@@ -276,6 +282,16 @@ def check_hook_points(description: ModelDescription, names: Sequence[str]) -> No
             raise ModelError(f"hook_points: model.name {description.name!r} ({description.n_layers} layers) has no "
                              f"{name!r}; the nearest it has: {', '.join(near or list(description.hook_points)[:3])}"
                              )  # fmt: skip
+
+
+def check_sites(description: ModelDescription, sites: Sequence[Site]) -> None:
+    """Raise `ModelError` for a site whose hook points the model lacks, or that writes before it reads."""
+    check_hook_points(description, [name for site in sites for name in site.hook_points])
+    order = {name: position for position, name in enumerate(description.hook_points)}
+    for site in sites:
+        if order[site.reads] > order[site.writes]:
+            raise ModelError(f"hook_points: {site.reads!r} lies behind {site.writes!r} in the model: what is read "
+                             "comes too late for what is written; accepted: `writes` at or behind `reads`")  # fmt: skip
 
 
 def check_context_size(description: ModelDescription, context_size: int) -> None:

@@ -30,12 +30,22 @@ DEAD_OVER_TOKENS = 1_000_000
 
 @dataclass(frozen=True)
 class PackMember:
-    """One SAE of a pack: its id, the hook point it reads, its settings, and what its `cfg.json` says of its origin."""
+    """One SAE of a pack: its id, its settings, and what its `cfg.json` says of its origin.
+
+    reads, writes: the inputs of the pack that it reads and that it reconstructs, by name; the same one for an SAE, two
+    for a transcoder. reshape_activations: as the `cfg.json` has it.
+    """
 
     sae_id: str
-    hook_point: str
+    reads: str
+    writes: str
     settings: SAESettings
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    reshape_activations: str = "none"
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.reads != self.writes
 
 
 @dataclass
@@ -56,7 +66,7 @@ class Pack:
 
     Args:
         members: the SAEs; those already finished or stopped for good must not be among them.
-        calibrations: one a hook point.
+        calibrations: one an input.
         emit: called with every event: metric rows, and an SAE's end.
         allow_code_change: go on with checkpoints that other source code has written.
     """
@@ -84,7 +94,8 @@ class Pack:
             trainer = SAETrainer(
                 member.settings,
                 training,
-                calibrations[member.hook_point],
+                calibrations[member.reads],
+                target_calibration=calibrations[member.writes] if member.is_transcoder else None,
                 device=device,
                 micro_batch_tokens=micro_batch_tokens,
             )
@@ -98,11 +109,13 @@ class Pack:
         return min((slot.trainer.steps_done for slot in self._slots if slot.active), default=self.training.steps)
 
     def step(self, step: int, inputs: Mapping[str, Tensor]) -> None:
-        """Train every active SAE that stands at this step on its batch ([batch, d_in], read-only, a hook point)."""
+        """Train every active SAE that stands at this step on its batch: an array [batch, d] an input, read-only, whose
+        rows are the same tokens in all of them."""
         want_metrics = (step + 1) % self._metrics_every == 0 or step + 1 == self.training.steps
         for slot in self._slots:
             if slot.active and slot.trainer.steps_done == step:
-                self._step_one(slot, inputs[slot.member.hook_point], want_metrics)
+                target = inputs[slot.member.writes] if slot.member.is_transcoder else None
+                self._step_one(slot, inputs[slot.member.reads], target, want_metrics)
 
     def checkpoint(self) -> None:
         """Save every active SAE whole; a stopped one keeps its last checkpoint."""
@@ -110,17 +123,20 @@ class Pack:
             if slot.active and not self._stop_if_diverged(slot):
                 self._save(slot)
 
-    def finish(self) -> None:
-        """Export every SAE that has made all its steps: folded, in SAELens' format, with its history."""
+    def finish(self, tails: Mapping[str, Tensor] = {}) -> None:
+        """Export every SAE that has made all its steps: folded, in SAELens' format, with its history.
+
+        `tails`: the last training tokens [n, d] of every input, on which thresholds are calibrated.
+        """
         for slot in self._slots:
             if slot.active and not self._stop_if_diverged(slot):
-                self._export(slot)
+                self._export(slot, tails.get(slot.member.reads))
 
     # ---- one SAE ----
 
-    def _step_one(self, slot: _Slot, x: Tensor, want_metrics: bool) -> None:
+    def _step_one(self, slot: _Slot, x: Tensor, target: Tensor | None, want_metrics: bool) -> None:
         try:
-            metrics = self._step_within_memory(slot.trainer, x, want_metrics)
+            metrics = self._step_within_memory(slot.trainer, x, target, want_metrics)
         except Exception as error:  # the border of one SAE: its fault stops it alone
             traceback.print_exc()
             self._stop(slot, "failed", f"{type(error).__name__}: {error}")
@@ -134,10 +150,12 @@ class Pack:
         slot.history.append(row)
         self._emit({"kind": "metrics", "sae_id": slot.member.sae_id, **row})
 
-    def _step_within_memory(self, trainer: SAETrainer, x: Tensor, want_metrics: bool) -> dict[str, float] | None:
+    def _step_within_memory(
+        self, trainer: SAETrainer, x: Tensor, target: Tensor | None, want_metrics: bool
+    ) -> dict[str, float] | None:
         while True:
             try:
-                return trainer.train_step(x, want_metrics=want_metrics)
+                return trainer.train_step(x, target, want_metrics=want_metrics)
             except (RuntimeError, MemoryError) as error:
                 micro_batch = trainer.micro_batch_tokens or x.shape[0]
                 if not is_out_of_memory(error) or micro_batch <= 1:
@@ -194,18 +212,22 @@ class Pack:
             slot.history = about["history"]
             return
 
-    def _export(self, slot: _Slot) -> None:
+    def _export(self, slot: _Slot, tail: Tensor | None) -> None:
         # Whatever window the run allows, so that a short run does not call rare latents dead.
         window = min(DEAD_OVER_TOKENS, slot.trainer.tokens_seen // 2)
-        since_fired = slot.trainer.state()["counters.tokens_since_fired"]
+        dead = (slot.trainer.state()["counters.tokens_since_fired"] >= window).double()
+        sae = slot.trainer.export(
+            slot.member.metadata, tokens=tail, reshape_activations=slot.member.reshape_activations
+        )
         summary = {
-            "dead_fraction": float((since_fired >= window).double().mean()),
+            "dead_fraction": float(dead.mean()),
+            "dead_fraction_of_prefix": {str(width): float(dead[:width].mean()) for width in sae.prefix_widths},
             "dead_over_tokens": window,
             "tokens": slot.trainer.tokens_seen,
             "code": code_hash(),
             "history": slot.history,
         }
-        files = _saved(slot.trainer.export(slot.member.metadata), slot.trainer.sparsity())
+        files = _saved(sae, slot.trainer.sparsity())
         files["summary.json"] = (json.dumps(summary) + "\n").encode()
         self._storage.commit_folder(f"{slot.folder}/final", files)
         self._storage.delete(f"{slot.folder}/checkpoints")

@@ -13,19 +13,30 @@ from penstock.identity import FORMAT, content_id
 from penstock.models import (
     ModelDescription,
     check_context_size,
-    check_hook_points,
+    check_sites,
     check_weight_files,
     describe_model,
 )
 from penstock.pack import PackMember
+from penstock.sites import Site, parse_array
 from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place
 from penstock.tokens import check_data
 from sae_core import SAESettings, TrainingSettings, parse_settings
+from sae_core.architectures import ARCHITECTURES
+from sae_core.normalization import PER_TOKEN
 
 DEFAULT_DEAD_AFTER_TOKENS = 10_000_000
 DEFAULT_PACK_MEMORY_GB = 8.0
 LOW_L1_COEFFICIENT = 0.01
 FROZEN_DECODER = "frozen_decoder"
+
+# Settings younger than FORMAT 1: at these values they are left out of an SAE's identity, which stays what it was.
+_LATER_SETTINGS = {
+    "encoder_dtype": "float32",
+    "lr_decay": "linear",
+    "normalize_activations": "expected_average_only_in",
+    "skip": False,
+}
 
 # Sustained fp32 rates that the time estimate assumes; stated beside it, since only a run can measure them.
 ASSUMED_FLOPS = {"CPU core": 5e10, "GPU": 2e13}
@@ -36,31 +47,61 @@ class PlannedSAE:
     """One SAE of the sweep. `baseline` is set where it is only there to be beaten."""
 
     sae_id: str
-    hook_point: str
+    site: Site
     d_in: int
+    d_out: int
     settings: SAESettings
     baseline: str | None = None
 
     @property
+    def reads(self) -> str:
+        return self.site.reads
+
+    @property
+    def writes(self) -> str:
+        return self.site.writes
+
+    @property
+    def hook_point(self) -> str:
+        """What tables call the place: a hook point, or `READS -> WRITES` of a transcoder."""
+        return self.site.label
+
+    @property
+    def prefix_widths(self) -> tuple[int, ...]:
+        """The widths at which the SAE, cut off, is evaluated as one of its own beside the whole."""
+        return tuple(getattr(self.settings, "prefix_widths", ()))
+
+    @property
+    def n_products(self) -> int:
+        """Weights that are multiplied with activations: encoder, decoder, skip connection."""
+        skip = self.d_in * self.d_out if getattr(self.settings, "skip", False) else 0
+        return (self.d_in + self.d_out) * self.settings.d_sae + skip
+
+    @property
     def memory_bytes(self) -> int:
         """Weights, gradients and both Adam moments, in fp32."""
-        return 16 * (2 * self.d_in * self.settings.d_sae + 3 * self.settings.d_sae + self.d_in)
+        return 16 * (self.n_products + 3 * self.settings.d_sae + self.d_out)
 
     def activation_bytes(self, micro_batch_tokens: int) -> int:
-        """Pre-activations, activations and their gradients of one micro-batch, in fp32."""
-        return 16 * micro_batch_tokens * (self.settings.d_sae + self.d_in)
+        """Pre-activations, activations (and a transcoder's target) and their gradients of one micro-batch, in fp32."""
+        width = self.settings.d_sae + self.d_in + (self.d_out if self.site.is_transcoder else 0)
+        return 16 * micro_batch_tokens * width
 
     @property
     def params(self) -> dict[str, Any]:
         """Every axis of the sweep for this SAE, and where it reads."""
-        return {"hook_point": self.hook_point, "d_in": self.d_in, **self.settings.model_dump(exclude_none=True)}
+        widths = {"d_in": self.d_in} | ({"d_out": self.d_out} if self.site.is_transcoder else {})
+        return {"hook_point": self.hook_point, **widths, **self.settings.model_dump(exclude_none=True)}
 
 
 @dataclass(frozen=True)
 class PlannedPack:
-    """SAEs of one hook point that train together on one worker."""
+    """SAEs of one site that train together on one worker. `reads` and `writes` name arrays of the stream: the site's
+    hook points, where outliers do not make them other ones (see `Site.array`)."""
 
-    hook_point: str
+    site: Site
+    reads: str
+    writes: str
     saes: tuple[PlannedSAE, ...]
     memory_bytes: int
 
@@ -69,9 +110,13 @@ class PlannedPack:
         return content_id([sae.sae_id for sae in self.saes])
 
     @property
+    def hook_point(self) -> str:
+        return self.site.label
+
+    @property
     def hook_points(self) -> tuple[str, ...]:
-        """What the pack reads."""
-        return (self.hook_point,)
+        """The arrays of the stream that the pack is fed."""
+        return tuple(dict.fromkeys((self.reads, self.writes)))
 
 
 @dataclass(frozen=True)
@@ -131,7 +176,7 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
     try:
         description = describe_model(model)
         check_weight_files(model)
-        check_hook_points(description, spec.hook_points)
+        check_sites(description, spec.sites)
         check_context_size(description, data.context_size)
         plan_packs(spec, plan_saes(spec, description, train_id=""))
         check_data(data, model, spec.train, description.vocab_size)
@@ -153,7 +198,9 @@ def training_settings(train: TrainSpec) -> TrainingSettings:
         batch_tokens=train.batch_tokens,
         lr=train.lr,
         lr_warm_up_steps=train.lr_warm_up_steps,
+        lr_decay=train.lr_decay,
         lr_decay_steps=train.lr_decay_steps,
+        encoder_dtype=train.encoder_dtype,
         dead_after_tokens=dead_after,
     )
 
@@ -162,24 +209,33 @@ def plan_saes(spec: SweepSpec, model: ModelDescription, train_id: str) -> list[P
     """Every SAE of the sweep, baselines with a frozen decoder included, with its id by content."""
     training = training_settings(spec.train)
     planned: dict[str, PlannedSAE] = {}
-    for hook_point in spec.hook_points:
-        d_in = model.hook_points[hook_point]
-        for settings, baseline in _settings_at(spec, d_in):
+    for site in spec.sites:
+        d_in, d_out = model.hook_points[site.reads], model.hook_points[site.writes]
+        for settings, baseline in _settings_at(spec, site, d_in):
             identity = {
                 "format": FORMAT,
                 "model": [model.fingerprint, spec.model.dtype, spec.model.processing],
                 "data": stream_identity(spec.data, train_id),
-                "hook_point": hook_point,
-                "training": training.model_dump(),
-                "settings": settings.model_dump(),
-            }
-            sae = PlannedSAE(content_id(identity), hook_point, d_in, settings, baseline)
+                "hook_point": site.reads,
+                "training": _of_identity(training.model_dump()),
+                "settings": _of_identity(settings.model_dump()),
+            } | ({"writes": site.writes} if site.is_transcoder else {})
+            sae = PlannedSAE(content_id(identity), site, d_in, d_out, settings, baseline)
             planned[sae.sae_id] = sae
     return list(planned.values())
 
 
-def _settings_at(spec: SweepSpec, d_in: int) -> list[tuple[SAESettings, str | None]]:
-    """The settings of every SAE of a hook point, baselines last. Raises `SpecError` for one that stands twice."""
+def _of_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in _LATER_SETTINGS or value != _LATER_SETTINGS[name]
+    }
+
+
+def _settings_at(spec: SweepSpec, site: Site, d_in: int) -> list[tuple[SAESettings, str | None]]:
+    """The settings of every SAE of a site, baselines last. Raises `SpecError` for one that stands twice, or that cannot
+    be trained there."""
     found: dict[SAESettings, tuple[str, str | None]] = {}
 
     def add(field: str, mapping: Mapping[str, Any], baseline: str | None = None) -> None:
@@ -187,6 +243,7 @@ def _settings_at(spec: SweepSpec, d_in: int) -> list[tuple[SAESettings, str | No
             settings = parse_settings(mapping)
         except ConfigError as error:
             raise SpecError(f"{field}: {error}") from None
+        _check_site(field, settings, site)
         if settings in found:
             shown = ", ".join(f"{name}: {value}" for name, value in settings.model_dump(exclude_defaults=True).items())
             raise SpecError(f"{field}: {{{shown}}} is in {found[settings][0]} already; every SAE of a sweep is another "
@@ -203,6 +260,25 @@ def _settings_at(spec: SweepSpec, d_in: int) -> list[tuple[SAESettings, str | No
     return [(settings, baseline) for settings, (_, baseline) in found.items()]
 
 
+def _check_site(field: str, settings: SAESettings, site: Site) -> None:
+    """Raise `SpecError` for an SAE that cannot be trained at a site."""
+    name = settings.architecture
+    if not site.is_transcoder:
+        if getattr(settings, "skip", False):
+            raise SpecError(f"{field}: skip: true at {site.label}: what is read and written is the same there, and a "
+                            "skip connection would hand it on; accepted: skip at sites {reads: A, writes: B}"
+                            )  # fmt: skip
+        return
+    if not getattr(ARCHITECTURES[name], "can_transcode", False):
+        known = [other for other, kind in ARCHITECTURES.items() if getattr(kind, "can_transcode", False)]
+        raise SpecError(f"{field}: architecture: {name} cannot be a transcoder, and every SAE is trained at every hook "
+                        f"point, here at {site.label}; accepted there: {', '.join(known)}")  # fmt: skip
+    if settings.normalize_activations in PER_TOKEN:
+        raise SpecError(f"{field}: normalize_activations: {settings.normalize_activations} at {site.label}: how long "
+                        "a token's input is says nothing of its output; accepted there: none, "
+                        "expected_average_only_in, covariance_whitening")  # fmt: skip
+
+
 def stream_identity(data: DataSpec, train_id: str) -> dict[str, Any]:
     """What fixes the bytes of every batch, beside the model."""
     return {
@@ -214,20 +290,21 @@ def stream_identity(data: DataSpec, train_id: str) -> dict[str, Any]:
 
 
 def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]:
-    """Pack the SAEs: all of a hook point together, in as few packs as memory (and the spec) allows.
+    """Pack the SAEs: all of a site together, in as few packs as memory (and the spec) allows.
 
     Raises `SweepError` for an SAE that no single worker can hold.
     """
     limit = (spec.resources.pack_memory_gb or DEFAULT_PACK_MEMORY_GB) * 1e9
     micro_batch = spec.train.micro_batch_tokens or spec.train.batch_tokens
     packs = []
-    for hook_point in spec.hook_points:
-        here = [sae for sae in saes if sae.hook_point == hook_point]
+    for site in spec.sites:
+        here = [sae for sae in saes if sae.site == site]
+        reads, writes = (site.array(name, spec.data.exclude.norm_over_median) for name in (site.reads, site.writes))
         for sae in here:
             need = sae.memory_bytes + sae.activation_bytes(micro_batch)
             if need > limit:
                 raise SweepError(
-                    f"saes: d_sae {sae.settings.d_sae} at {hook_point} needs {need / 1e9:.1f} GB on one worker, and "
+                    f"saes: d_sae {sae.settings.d_sae} at {site.label} needs {need / 1e9:.1f} GB on one worker, and "
                     f"resources.pack_memory_gb is {limit / 1e9:g}; accepted: a smaller d_sae, a smaller "
                     "train.micro_batch_tokens, or workers with more memory"
                 )
@@ -241,14 +318,18 @@ def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]
             count += 1
         for group in groups if count else []:
             memory = sum(sae.memory_bytes for sae in group) + max(sae.activation_bytes(micro_batch) for sae in group)
-            packs.append(PlannedPack(hook_point, tuple(group), memory))
+            packs.append(PlannedPack(site, reads, writes, tuple(group), memory))
     return packs
 
 
 def members(pack: PlannedPack, metadata: Mapping[str, Any]) -> list[PackMember]:
     """The pack as its worker takes it; `metadata` goes into every `cfg.json`."""
+    site = pack.site
+    hooks = {"hook_name": site.reads} | ({"hook_name_out": site.writes} if site.is_transcoder else {})
+    # As SAELens has it: activations of all heads come as [..., n_heads, d_head], and are handed back so.
+    reshape = "hook_z" if site.reads.endswith(".hook_z") and not site.is_transcoder else "none"
     return [
-        PackMember(sae.sae_id, sae.hook_point, sae.settings, {**metadata, "hook_name": sae.hook_point})
+        PackMember(sae.sae_id, pack.reads, pack.writes, sae.settings, {**metadata, **hooks}, reshape)
         for sae in pack.saes
     ]
 
@@ -258,11 +339,12 @@ def waves(packs: Sequence[PlannedPack], slots: int) -> list[list[PlannedPack]]:
     return [list(packs[start : start + slots]) for start in range(0, len(packs), slots)]
 
 
-def memory_of_block(spec: SweepSpec, model: ModelDescription, hook_points: Sequence[str]) -> int:
-    """Bytes of one block at all these hook points, as it lies in the object store."""
+def memory_of_block(spec: SweepSpec, model: ModelDescription, packs: Sequence[PlannedPack]) -> int:
+    """Bytes of one block as it lies in the object store, with all arrays that the packs are fed."""
     width = 4 if spec.model.dtype == "float32" else 2
     tokens = spec.data.block_rows * (spec.data.context_size - spec.data.exclude.first_positions)
-    return sum(tokens * model.hook_points[name] * width for name in hook_points)
+    arrays = {name for pack in packs for name in pack.hook_points}
+    return sum(tokens * model.hook_points[parse_array(name)[0]] * width for name in arrays)
 
 
 def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
@@ -277,7 +359,19 @@ def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
             "these belong to an older loss averaged over d_in; here the same penalty is about value * d_in**1.5 "
             f"({low[0] * d_in**1.5:.3g} for {low[0]:g} at d_in {d_in})"
         )
+    across = [site.label for site in spec.sites if _layer(site.reads) != _layer(site.writes)]
+    if across:
+        found.append(f"hook_points: {', '.join(across)} reads one layer and writes another")
+    if spec.train.encoder_dtype == "float16" and not spec.resources.gpus_per_pack:
+        found.append(
+            "train.encoder_dtype float16: packs train on CPUs (resources.gpus_per_pack 0), where its products are many "
+            "times slower than those of float32; bfloat16 is made for them where a CPU has it"
+        )
     return found
+
+
+def _layer(hook_point: str) -> str:
+    return ".".join(hook_point.split(".")[:2])
 
 
 def describe(
@@ -295,7 +389,7 @@ def describe(
     rows = schedule.n_blocks * spec.data.block_rows
     passes = len(rounds) * rows
     harvest_flops = len(rounds) * 2.0 * model.n_parameters * rows * spec.data.context_size
-    sae_flops = sum(12.0 * sae.d_in * sae.settings.d_sae * spec.train.tokens for sae in trained)
+    sae_flops = sum(6.0 * sae.n_products * spec.train.tokens for sae in trained)
     unit = "GPU" if spec.resources.gpus_per_pack else "CPU core"
     workers = max(1.0, slots * (spec.resources.gpus_per_pack or spec.resources.pack_threads))
     hours = (harvest_flops / max(1, spec.resources.model_hosts) + sae_flops / workers) / ASSUMED_FLOPS[unit] / 3600
@@ -316,7 +410,7 @@ def describe(
                 f"  wave {number}   {pack.hook_point}: {len(pack.saes)} SAEs, {pack.memory_bytes / 1e9:.2f} GB "
                 "(weights, gradients, optimiser, activations of a micro-batch)"
             )
-    block = memory_of_block(spec, model, sorted({pack.hook_point for pack in packs}))
+    block = memory_of_block(spec, model, packs)
     lines += [
         f"stream     {block / 1e6:.0f} MB a block at all hook points together",
         f"forward    {passes:,} rows ({passes * spec.data.context_size:,} tokens) through the model for training; "

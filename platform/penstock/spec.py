@@ -2,7 +2,8 @@
 
 `load_spec(path)` reads a YAML file into a frozen `SweepSpec`; whatever is wrong is a `SpecError` that names the file's
 line, the field, the value and what is accepted. `SweepSpec.sae_settings()` expands the axes (every list in an entry of
-`saes`) into one mapping an SAE.
+`saes`, but for settings that are lists themselves) into one mapping an SAE; `SweepSpec.sites` are the places they are
+trained at.
 """
 
 import difflib
@@ -10,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -25,6 +26,7 @@ from pydantic import (
 )
 
 from penstock.errors import ConfigError, SpecError
+from penstock.sites import Site
 
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
@@ -43,7 +45,25 @@ def parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Cores = Annotated[float, Field(ge=0)]
+_STAND_IN_WIDTHS = (1 << 20, 16)  # what is wrong with a large and with a small d_in is wrong with any
+_WIDTHS = {"d_sae", "widths"}  # settings that may be multiples of d_in
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _hook_point(value: Any) -> str | dict[str, str]:
+    """An entry of `hook_points`; a mapping whose two names are equal is the name alone."""
+    if isinstance(value, str):
+        return value
+    names = list(value.values()) if isinstance(value, dict) and set(value) == {"reads", "writes"} else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{value!r} is no hook point; accepted: a name (an SAE reads and writes it), or {{reads: NAME, writes: "
+            "NAME}, two names, for transcoders"
+        )
+    return value["reads"] if value["reads"] == value["writes"] else dict(value)
+
+
+HookPoint = Annotated[str | dict[str, str], BeforeValidator(_hook_point)]
 
 
 class _Section(BaseModel):
@@ -113,7 +133,9 @@ class TrainSpec(_Section):
     batch_tokens: Count = 4096
     lr: float = Field(4e-4, gt=0)
     lr_warm_up_steps: int = Field(0, ge=0)
-    lr_decay_steps: int | None = Field(None, ge=0, description="linear decay to 0; the last fifth unless given")
+    lr_decay: Literal["linear", "cosine", "constant"] = Field("linear", description="the last steps' way down to 0")
+    lr_decay_steps: int | None = Field(None, ge=0, description="steps of that way; the last fifth unless given")
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the encoder's product")
     dead_after_tokens: Count | None = Field(None, description="a quarter of the run unless given, and at most that")
     checkpoints: int = Field(5, ge=0, description="whole checkpoints on the way, beside the last")
     micro_batch_tokens: Count | None = Field(None, description="tokens of a forward and backward pass; halved when "
@@ -125,12 +147,17 @@ class TrainSpec(_Section):
 
     @property
     def decay_steps(self) -> int:
+        if self.lr_decay == "constant":
+            return 0
         return self.steps // 5 if self.lr_decay_steps is None else self.lr_decay_steps
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSpec":
         if self.steps < 1:
             raise ValueError(f"tokens {self.tokens} is less than one batch of batch_tokens {self.batch_tokens}")
+        if self.lr_decay == "constant" and self.lr_decay_steps:
+            raise ValueError(f"lr_decay_steps {self.lr_decay_steps}: a constant lr (lr_decay) has no decay; accepted: "
+                             "leave it out")  # fmt: skip
         if self.lr_warm_up_steps + self.decay_steps > self.steps:
             raise ValueError(f"lr_warm_up_steps {self.lr_warm_up_steps} and lr_decay_steps {self.decay_steps} "
                              f"{'(a fifth of the run unless given) ' if self.lr_decay_steps is None else ''}are more "
@@ -208,7 +235,7 @@ class SweepSpec(_Section):
     storage: str | None = None
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
-    hook_points: list[str] = Field(min_length=1)
+    hook_points: list[HookPoint] = Field(min_length=1)
     train: TrainSpec
     saes: list[dict[str, Any]] = Field(min_length=1)
     baselines: BaselineSpec = BaselineSpec()
@@ -224,8 +251,14 @@ class SweepSpec(_Section):
 
     @field_validator("hook_points")
     @classmethod
-    def _distinct(cls, value: list[str]) -> list[str]:
-        return _all_different(value)
+    def _distinct(cls, value: list[HookPoint]) -> list[HookPoint]:
+        _all_different([_site(entry).label for entry in value])
+        return value
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What `hook_points` stands for: every SAE of the sweep is trained at every one of these."""
+        return tuple(_site(entry) for entry in self.hook_points)
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepSpec":
@@ -242,6 +275,10 @@ class SweepSpec(_Section):
         return [resolved for entry in self.saes for resolved in expand_axes(entry, d_in)]
 
 
+def _site(entry: HookPoint) -> Site:
+    return Site(entry, entry) if isinstance(entry, str) else Site(entry["reads"], entry["writes"])
+
+
 def _all_different(values: list[Any]) -> list[Any]:
     repeated = sorted({str(value) for value in values if values.count(value) > 1})
     if repeated:
@@ -250,22 +287,45 @@ def _all_different(values: list[Any]) -> list[Any]:
 
 
 def expand_axes(entry: Mapping[str, Any], d_in: int) -> Iterator[dict[str, Any]]:
-    """The Cartesian product over every list in an entry of `saes`, in the order written."""
-    axes = [value if isinstance(value, list) else [value] for value in entry.values()]
+    """The Cartesian product over every axis in an entry of `saes`, in the order written."""
+    axes = [value if is_axis(entry, name) else [value] for name, value in entry.items()]
     for values in itertools.product(*axes):
         settings = dict(zip(entry, values, strict=True))
-        if "d_sae" in settings:
-            settings["d_sae"] = _width(settings["d_sae"], d_in)
+        for name in _WIDTHS & settings.keys():
+            value = settings[name]
+            many = isinstance(value, list)
+            settings[name] = [_width(name, item, d_in) for item in value] if many else _width(name, value, d_in)
         yield settings
 
 
-def _width(value: Any, d_in: int) -> Any:
+def is_axis(entry: Mapping[str, Any], name: str) -> bool:
+    """Whether a value in an entry of `saes` is a list of values to try, and not the value of a setting that is a list
+    itself: of such a setting only a list of lists is an axis."""
+    value = entry[name]
+    if not isinstance(value, list):
+        return False
+    return not _is_sequence(entry, name) or not value or any(item is None or isinstance(item, list) for item in value)
+
+
+def _is_sequence(entry: Mapping[str, Any], name: str) -> bool:
+    from sae_core.architectures import ARCHITECTURES
+
+    named = entry.get("architecture")
+    for architecture in named if isinstance(named, list) else [named]:
+        known = ARCHITECTURES[architecture].settings_type.model_fields if str(architecture) in ARCHITECTURES else {}
+        annotation = known[name].annotation if name in known else None
+        if any(get_origin(kind) in (list, tuple) for kind in (annotation, *get_args(annotation))):
+            return True
+    return False
+
+
+def _width(name: str, value: Any, d_in: int) -> Any:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)x\s*", value)):
         return int(float(match[1]) * d_in)
     try:
         return parse_count(value)
     except ValueError:
-        raise ValueError(f"d_sae {value!r}: a number of latents, or a multiple of d_in (8x)") from None
+        raise ValueError(f"{name} {value!r}: a number of latents, or a multiple of d_in (8x)") from None
 
 
 # ---- reading a file -------------------------------------------------------------------------------------------------
@@ -324,25 +384,36 @@ class _EntryError(Exception):
 
 
 def _check_entries(spec: SweepSpec) -> None:
-    """Check every SAE of every entry, with a stand-in d_in: what depends on the real one is checked by the plan."""
-    from sae_core.architectures import ARCHITECTURES, parse_settings
+    """Check every SAE of every entry, with stand-ins for d_in: what depends on the real one is checked by the plan."""
+    from sae_core.architectures import ARCHITECTURES
 
     for index, entry in enumerate(spec.saes):
         if "architecture" not in entry:
             accepted = ", ".join(ARCHITECTURES)
             raise _EntryError(("saes", index), f"saes[{index}]: architecture is missing; accepted: {accepted}")
         for key, value in entry.items():
-            if isinstance(value, list) and not value:
+            if not is_axis(entry, key):
+                continue
+            if not value:
                 raise _EntryError(("saes", index, key), f"{key} is an empty list: an axis needs one value or more")
-            if isinstance(value, list) and len({str(item) for item in value}) < len(value):
+            if len({str(item) for item in value}) < len(value):
                 raise _EntryError(("saes", index, key), f"{key} {value}: a value stands twice")
-        try:
-            for settings in expand_axes(entry, d_in=1 << 20):
-                parse_settings(settings)
-        except (ValueError, ConfigError) as error:
-            named = next((word for word in re.findall(r"\w+", str(error)) if word in entry), None)
+        problems = [_problem(entry, d_in) for d_in in _STAND_IN_WIDTHS]
+        if all(problems):
+            named = next((word for word in re.findall(r"\w+", problems[0] or "") if word in entry), None)
             location = ("saes", index, named) if named else ("saes", index)
-            raise _EntryError(location, f"saes[{index}]: {error}") from None
+            raise _EntryError(location, f"saes[{index}]: {problems[0]}")
+
+
+def _problem(entry: Mapping[str, Any], d_in: int) -> str | None:
+    from sae_core.architectures import parse_settings
+
+    try:
+        for settings in expand_axes(entry, d_in):
+            parse_settings(settings)
+    except (ValueError, ConfigError) as error:
+        return str(error)
+    return None
 
 
 def _load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:

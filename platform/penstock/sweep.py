@@ -172,8 +172,7 @@ class Driver:
         self.left = self.sweep.left()
         self.packs = plan_packs(self.spec, self.left)
         self.slots = max(1, min(slots, len(self.packs)))
-        hook_points = sorted({pack.hook_point for pack in self.packs})
-        block = max(1, memory_of_block(self.spec, self.model, hook_points))
+        block = max(1, memory_of_block(self.spec, self.model, self.packs))
         self.window = int(min(max(store_bytes * WINDOW_SHARE // block, WINDOW_LIMITS[0]), WINDOW_LIMITS[1]))
         if self.left:
             text = _describe(self.sweep, self.packs, self.slots)
@@ -374,10 +373,10 @@ class Driver:
 
     def _show_progress(self) -> None:
         per_hook = []
-        for hook_point in self.spec.hook_points:
-            at = [self._tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.hook_point == hook_point]
+        for site in self.spec.sites:
+            at = [self._tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.site == site]
             if at:
-                per_hook.append(f"{hook_point} {100 * sum(at) / len(at) / self._run_tokens:.0f}%")
+                per_hook.append(f"{site.label} {100 * sum(at) / len(at) / self._run_tokens:.0f}%")
         done = sum(self._tokens_at.values())
         rate = done / max(1e-9, time.time() - self._started - (self._first_step or 0.0))
         self.say(f"training: {', '.join(per_hook)} of {self._run_tokens:,} tokens; {rate:,.0f} SAE-tokens/s")

@@ -17,13 +17,16 @@ from penstock.storage import Storage
 from penstock.trial import PAUSE_SECONDS, has_ended
 from sae_core import Calibration, TrainingSettings
 
+TAIL_TOKENS = 8192  # the last of the run, on which thresholds are calibrated when an SAE is exported
+
 # Blocks are shared memory, read-only by nature; nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 @dataclass(frozen=True)
 class PackJob:
-    """Everything a pack's worker needs; the stream's handle travels beside it."""
+    """Everything a pack's worker needs; the stream's handle travels beside it. `hook_points` names the arrays of the
+    stream that the pack is fed."""
 
     pack_id: str
     members: tuple[PackMember, ...]
@@ -72,10 +75,12 @@ def _train(job: PackJob, client: StreamClient) -> None:
         allow_code_change=job.allow_code_change,
     )
     save_after = set(checkpoint_steps(job.training.steps, job.checkpoints))
-    first_step = pack.next_step
-    if first_step < job.training.steps:
+    tails: dict[str, torch.Tensor] = {}
+    if left:
+        first_step = pack.next_step
         client.emit({"kind": "started", "pack_id": job.pack_id, "step": first_step})
-        first_block = job.schedule.locate(first_step)[0]
+        # The last block is read also where no step is left to make: its end is needed to export.
+        first_block = job.schedule.locate(min(first_step, job.schedule.steps - 1))[0]
         for block, arrays in client.blocks(first_block, job.schedule.n_blocks, job.hook_points):
             views = {name: from_wire(array, job.dtype) for name, array in arrays.items()}
             length = len(next(iter(views.values())))
@@ -88,11 +93,20 @@ def _train(job: PackJob, client: StreamClient) -> None:
                     _check_attempt(job)
                     pack.checkpoint()
                     train.report({"tokens": (step + 1) * job.training.batch_tokens})
-            if pack.next_step >= job.training.steps:
+            if block == job.schedule.n_blocks - 1:
+                tails = {name: view[last_tokens(job.schedule)].to(torch.float32, copy=True)
+                         for name, view in views.items()}  # fmt: skip
+            elif pack.next_step >= job.training.steps:  # every SAE was stopped
                 break
     client.flush(PAUSE_SECONDS)
     _check_attempt(job)
-    pack.finish()
+    pack.finish(tails)
+
+
+def last_tokens(schedule: Schedule) -> slice:
+    """Where, in the run's last block, its last tokens lie that are trained on: `TAIL_TOKENS` or as many as it has."""
+    end = schedule.locate(schedule.steps - 1)[1] + schedule.batch_tokens
+    return slice(max(0, end - TAIL_TOKENS), end)
 
 
 def _check_attempt(job: PackJob) -> None:
@@ -103,8 +117,8 @@ def _check_attempt(job: PackJob) -> None:
 
 
 def _calibrations(job: PackJob, client: StreamClient) -> dict[str, Calibration]:
-    """The calibration of each hook point; a host stores it when it makes block 0, which is asked for if need be."""
-    names = {hook_point: f"{job.calibration_folder}/{hook_point}.safetensors" for hook_point in job.hook_points}
+    """The calibration of each array; a host stores it when it makes block 0, which is asked for if need be."""
+    names = {array: f"{job.calibration_folder}/{array}.safetensors" for array in job.hook_points}
     if not all(job.storage.exists(name) for name in names.values()):
         client.wait_for(0)
-    return {hook: Calibration.from_tensors(load_tensors(job.storage.read(name))) for hook, name in names.items()}
+    return {array: Calibration.from_tensors(load_tensors(job.storage.read(name))) for array, name in names.items()}

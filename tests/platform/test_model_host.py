@@ -4,7 +4,7 @@ import torch
 
 from penstock.activations import from_wire, to_wire
 from penstock.errors import ModelError
-from penstock.model_host import ModelHost, is_out_of_memory, replace_outliers
+from penstock.model_host import ModelHost, is_out_of_memory, norm_outliers, replace_rows
 from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
@@ -185,7 +185,7 @@ def test_a_hook_point_that_is_lacking_or_never_reached_is_named(folders, store, 
 
 def test_outliers_give_their_place_to_the_first_ordinary_rows():
     activations = torch.tensor([[90.0], [1.0], [2.0], [80.0], [1.0], [2.0], [70.0]])
-    replace_outliers(activations, 10.0)
+    replace_rows(activations, norm_outliers(activations, 10.0))
     assert activations.squeeze(1).tolist() == [1, 1, 2, 2, 1, 2, 1]
 
 

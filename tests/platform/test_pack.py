@@ -23,7 +23,7 @@ CALIBRATION = {HOOK: calibrate(torch.cat([batch(step) for step in range(20)]))}
 
 
 def member(name, **settings):
-    return PackMember(name, HOOK, parse_settings({"d_sae": 16, **settings}), {"hook_name": HOOK})
+    return PackMember(name, HOOK, HOOK, parse_settings({"d_sae": 16, **settings}), {"hook_name": HOOK})
 
 
 TOPK = member("topk", architecture="topk", k=3)
@@ -112,10 +112,10 @@ def test_an_sae_that_raises_stops_alone_with_its_reason(tmp_path, monkeypatch, c
     pack = make(tmp_path, TOPK, STANDARD)
     right = SAETrainer.train_step
 
-    def broken(self, x, **options):
+    def broken(self, x, target, **options):
         if self.settings.architecture == "standard" and self.steps_done == 3:
             raise ValueError("a bug in one loss")
-        return right(self, x, **options)
+        return right(self, x, target, **options)
 
     monkeypatch.setattr(SAETrainer, "train_step", broken)
     train(pack)
@@ -135,10 +135,10 @@ def test_out_of_memory_halves_the_micro_batch_with_the_same_results(tmp_path, mo
     small = make(tmp_path / "small", TOPK, GATED, log=said.append)
     right = SAETrainer.train_step
 
-    def limited(self, x, **options):
+    def limited(self, x, target, **options):
         if (self.micro_batch_tokens or x.shape[0]) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory (of a test)")
-        return right(self, x, **options)
+        return right(self, x, target, **options)
 
     monkeypatch.setattr(SAETrainer, "train_step", limited)
     train(small)

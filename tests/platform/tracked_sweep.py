@@ -35,8 +35,8 @@ def write_sae(folder: Path, hook_point: str) -> SAE:
     """A real SAE of 4 dimensions and 6 latents, saved to a folder."""
     generator = torch.Generator().manual_seed(0)
     fields = {"architecture": "topk", "d_in": 4, "d_sae": 6, "k": 2, "rescale_acts_by_decoder_norm": True}
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in TopKSAE.shapes(4, 6).items()}
-    sae = TopKSAE(SAEConfig(**fields, metadata={"hook_name": hook_point}), weights)
+    cfg = SAEConfig(**fields, metadata={"hook_name": hook_point})
+    sae = TopKSAE(cfg, {name: torch.randn(shape, generator=generator) for name, shape in TopKSAE.shapes(cfg).items()})
     sae.save(folder, sparsity=torch.full((6,), -1.0))
     return sae
 
