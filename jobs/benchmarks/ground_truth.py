@@ -151,19 +151,27 @@ def evaluate(task: World, sae: SAE) -> dict[str, float]:
 
 @torch.no_grad()
 def absorption(task: World, sae: SAE) -> float:
-    """Of the samples with an active parent feature, over all parents, the share on which it is absorbed."""
+    """The share of absorbed parents, see above."""
     from sae_lens.util import cosine_similarities
 
     x, features = task.evaluated
     fires = torch.cat([sae.encode(part) != 0 for part in x.split(AT_ONCE)])
     nearest = cosine_similarities(task.model.feature_dict.feature_vectors, sae.W_dec).argmax(1)
-    active = absorbed = 0
-    for parent, children in task.families.items():
-        at = features[:, parent] > 0
+    return absorbed_share(fires, features > 0, nearest, task.families)
+
+
+def absorbed_share(
+    fires: torch.Tensor, active: torch.Tensor, nearest: torch.Tensor, families: Mapping[int, Sequence[int]]
+) -> float:
+    """Over all parents and the samples on which they are active: how often the parent's latent is silent while one of
+    its children's is not. fires: [n, d_sae], active: [n, n_features], nearest: [n_features], the latent of each."""
+    n_active = n_absorbed = 0
+    for parent, children in families.items():
+        at = active[:, parent]
         others = [int(nearest[child]) for child in children if nearest[child] != nearest[parent]]
-        active += int(at.sum())
-        absorbed += int((at & ~fires[:, nearest[parent]] & fires[:, others].any(1)).sum())
-    return absorbed / active
+        n_active += int(at.sum())
+        n_absorbed += int((at & ~fires[:, nearest[parent]] & fires[:, others].any(1)).sum())
+    return n_absorbed / n_active
 
 
 # ---- both sides -----------------------------------------------------------------------------------------------------

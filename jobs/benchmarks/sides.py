@@ -14,7 +14,6 @@ Facts about sae_lens 6.54.12 that this file has to respect:
 """
 
 import contextlib
-import inspect
 import io
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from sae_core import SAE, Calibration, SAETrainer, TrainingSettings, parse_setti
 
 Side = Literal["ours", "theirs"]
 SIDES: tuple[Side, ...] = ("ours", "theirs")
-EXPORT_BATCHES = 64  # what our export may look at: the last batches of the run
+EXPORT_TOKENS = 8192  # the last of the run, which our export calibrates thresholds on, as the platform has it
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,9 @@ def _train_ours(recipe: Recipe, schedule: Schedule, x: np.ndarray, calibration: 
     trainer = SAETrainer(settings, training, calibration)
     for batch in _batches(x, schedule):
         trainer.train_step(batch)
-    seen = {}
-    if "tokens" in inspect.signature(trainer.export).parameters:
-        stop = schedule.steps * schedule.batch_tokens
-        start = max(0, stop - EXPORT_BATCHES * schedule.batch_tokens)
-        seen["tokens"] = torch.from_numpy(np.array(x[start:stop], dtype=np.float32))
-    trainer.export({}, **seen).save(folder)
+    stop = schedule.steps * schedule.batch_tokens
+    latest = np.array(x[max(0, stop - EXPORT_TOKENS) : stop], dtype=np.float32)
+    trainer.export(tokens=torch.from_numpy(latest)).save(folder)
 
 
 # ---- SAELens --------------------------------------------------------------------------------------------------------

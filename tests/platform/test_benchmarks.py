@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -99,3 +100,54 @@ def test_a_ratio_says_how_many_times_better_ours_is():
     assert [figure["name"] for figure in context.figures()] == ["L0, ours", "L0, opponent"]
     assert common.medians([{"wall": 1.0}, {"wall": 5.0}, {"wall": 2.0}]) == {"wall": 2.0}
     assert "2.50" in common.table([seconds]) and "MISSED" in common.table([rate])
+
+
+@pytest.mark.compat
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
+@pytest.mark.parametrize("name", ["frontier", "ground_truth"])
+def test_a_benchmark_of_quality_trains_and_evaluates_both_sides(name, tmp_path):
+    path, picture = tmp_path / "figures.json", tmp_path / "fronts.png"
+    options = ["--plot", str(picture), "--cache", str(tmp_path / "cache")] if name == "frontier" else []
+    done = subprocess.run(
+        [sys.executable, f"jobs/benchmarks/{name}.py", "--quick", "--json", str(path), *options],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "These figures mean nothing" in done.stdout
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["quick"] is True
+    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
+    assert written["figures"] and all(figure.keys() == FIGURE_KEYS for figure in written["figures"])
+    assert all(figure["holds"] is None for figure in written["figures"])  # a quick run promises nothing
+    sides = written["fronts" if name == "frontier" else "points"]
+    for side in ("ours", "theirs"):
+        points = [point for one in sides if one["side"] == side and one["architecture"] == "topk"
+                  for point in one["points"]]  # fmt: skip
+        assert len(points) >= 2
+        assert all(0 < point["l0"] <= point["k"] for point in points)  # both sides train what was asked for
+    if name == "frontier":
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+        assert len(list((tmp_path / "cache/saes").glob("*/cfg.json"))) == 9  # 4 a side and a baseline
+
+
+def test_a_verdict_needs_a_difference_beyond_the_noise(monkeypatch):
+    pytest.importorskip("scipy", reason="comes with sae_lens")
+    monkeypatch.syspath_prepend(ROOT / "jobs/benchmarks")
+    import fronts
+
+    assert fronts.interpolate([(4, 0.5), (16, 0.9)], 8) == pytest.approx(0.7)  # half way in log L0
+    assert fronts.interpolate([(4, 0.5), (16, 0.9)], 17) == pytest.approx(0.9 + 0.4 * math.log(17 / 16) / math.log(4))
+    assert fronts.interpolate([(4, 0.5), (16, 0.9)], 20) is None  # more than a tenth beyond
+    assert fronts.interpolate([(4, 0.5), (20, 0.9)], 8) is None  # neighbours too far apart
+    mean, half = fronts.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3), rel=1e-3))  # t of 2 degrees of freedom
+    mean, half = fronts.difference_interval([1.0, 2.0, 3.0], [0.0, 1.0, 2.0])
+    assert (mean, half) == (1.0, pytest.approx(2.776 * math.sqrt(2 / 3), rel=1e-3))  # Welch: 4 degrees of freedom
+    assert fronts.verdict((2, 0), (1, 0), (1.0, 2.3)) == "within noise"
+    assert fronts.verdict((2, 0), (1, 0), (1.0, 0.9)) == "above"
+    assert not fronts.holds(fronts.verdict((1, 0), (2, 0), (-1.0, 0.9)))
+    assert not fronts.holds(fronts.verdict(None, (2, 0), None))
