@@ -15,7 +15,8 @@ Rows (`--only` takes their names), at d_in 512, d_sae 8192 and 4096 tokens a bat
   topk, batch_topk, matryoshka        k 32; five nested widths (the fractions of arXiv 2503.17547's code)
   topk-dead                           a tenth of the latents never fires, and AuxK works on both sides
   standard, jumprelu, gated           biases or thresholds such that each latent fires on 64 of 8192 tokens
-  standard-dense, ... -dense          fresh weights: about half of all latents active
+  standard-dense, ... -dense          fresh weights, about half of all latents active; jumprelu's threshold where
+                                      SAELens starts it, 0.01
   memory                              what a topk step takes
   pack                                16 SAEs (d_in 128, d_sae 1024) on one stream, theirs in a MultiSAETrainer
 
@@ -69,7 +70,7 @@ from sae_core import ARCHITECTURES, Calibration, SAETrainer, TrainingSettings, c
 
 THREADS = 2
 STEPS = 7
-WARM_UP = 2
+WARM_UP = 1
 N_BATCHES = 4
 LR = 1e-6
 DEAD_STEPS = 1000  # SAELens' default
@@ -84,6 +85,11 @@ CONFIGS = {
     "standard": StandardTrainingSAEConfig,
     "gated": GatedTrainingSAEConfig,
     "jumprelu": JumpReLUTrainingSAEConfig,
+}
+THEIR_NAMES = {
+    "widths": "matryoshka_widths",
+    "bandwidth": "jumprelu_bandwidth",
+    "threshold_at_start": "jumprelu_init_threshold",
 }
 MB = 2**20
 HAS_ENCODER_DTYPE = "encoder_dtype" in TrainingSettings.model_fields
@@ -123,19 +129,22 @@ def tasks(size: Size) -> list[Task]:
     batch_topk = {"architecture": "batch_topk", "d_sae": d_sae, "k": size.k}
     matryoshka = {"architecture": "matryoshka", "d_sae": d_sae, "k": size.k, "widths": widths}
     penalised = {name: penalised_settings(name, d_sae) for name in ("standard", "jumprelu", "gated")}
+    fresh = penalised | {"jumprelu": penalised["jumprelu"] | {"threshold_at_start": 0.01}}
     return [
         Task("topk", topk, goal=5, bf16=True, bf16_goal=8),
         Task("batch_topk", batch_topk, goal=6, bf16=True, bf16_goal=10),
         Task("matryoshka", matryoshka, goal=8, bf16=True, bf16_goal=12),
         Task("topk-dead", topk, dead_share=DEAD_SHARE, goal=3),
         *(Task(name, settings, size.l0, goal=3, bf16=True, bf16_goal=5) for name, settings in penalised.items()),
-        *(Task(f"{name}-dense", settings, goal=1.2) for name, settings in penalised.items()),
+        *(Task(f"{name}-dense", settings, goal=1.2) for name, settings in fresh.items()),
     ]
 
 
 def penalised_settings(architecture: str, d_sae: int) -> dict[str, Any]:
-    coefficient = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
-    return {"architecture": architecture, "d_sae": d_sae, coefficient: 1.0}
+    settings = {"architecture": architecture, "d_sae": d_sae}
+    if architecture == "jumprelu":  # the bandwidth is our default: pairs within it are work for us
+        return settings | {"l0_coefficient": 1.0, "bandwidth": 1.0}
+    return settings | {"l1_coefficient": 1.0}
 
 
 def pack_tasks(size: Size) -> list[Task]:
@@ -260,7 +269,7 @@ class SAELens:
 
 
 def saelens_sae(task: Task, start: Mapping[str, Tensor], data: Data) -> TrainingSAE[Any]:
-    settings = {"matryoshka_widths" if name == "widths" else name: value for name, value in task.settings.items()}
+    settings = {THEIR_NAMES.get(name, name): value for name, value in task.settings.items()}
     config = CONFIGS[settings.pop("architecture")](
         d_in=data.size.d_in, normalize_activations="expected_average_only_in", device=data.device, **settings
     )
@@ -387,9 +396,10 @@ def gemm_peak(device: str, side: int) -> float:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def step_memory(side: str, size: Size, device: str, repeats: int, threads: int) -> float:
+def step_memory(side: str, size: Size, device: str, threads: int) -> float:
     """Bytes that a topk step takes at its peak beyond libraries, batches, weights and Adam's moments."""
     torch.set_num_threads(threads)
+    gc.freeze()  # the libraries' objects, so that collecting is quick
     make = {"ours": _ours_alone, "SAELens": _saelens_alone}[side]
     data, little = Data.of(size, device), Data.of(QUICK, device)
     for x in little.batches:  # so that libraries, threads and kernels are there
@@ -399,12 +409,12 @@ def step_memory(side: str, size: Size, device: str, repeats: int, threads: int) 
     alone = make(data)
     weights = 4 * (2 * size.d_in * size.d_sae + size.d_sae + size.d_in)
     peaks = []
-    for x in (data.batches * (WARM_UP + repeats))[: WARM_UP + repeats]:
+    for x in data.batches:
         _resident(device)
         _reset_peak(device)
         alone.step(x)
         peaks.append(_peak(device))
-    return median(peaks[WARM_UP:]) - base - 3 * weights
+    return max(peaks[1:]) - base - 3 * weights
 
 
 def _ours_alone(data: Data) -> Ours:
@@ -441,15 +451,15 @@ def _status(field: str) -> int:
     return 1024 * int(kilobytes)
 
 
-def compare_memory(size: Size, device: str, repeats: int, *, apart: bool, threads: int) -> Comparison:
+def compare_memory(size: Size, device: str, *, apart: bool, threads: int) -> Comparison:
     """`apart`: each side in a new process."""
     taken = {}
     for side in ("ours", "SAELens"):
         if apart:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                taken[side] = process.submit(step_memory, side, size, device, repeats, threads).result()
+                taken[side] = process.submit(step_memory, side, size, device, threads).result()
         else:
-            taken[side] = step_memory(side, size, device, repeats, threads)
+            taken[side] = step_memory(side, size, device, threads)
     return Comparison("topk, memory of a step", "MB", taken["ours"] / MB, taken["SAELens"] / MB, 0.5, at_most=True)
 
 
@@ -462,6 +472,7 @@ def main() -> None:
     pack_size = replace(PACK if not arguments.quick else QUICK, batch_tokens=size.batch_tokens)
     threads = 1 if arguments.quick else THREADS
     torch.set_num_threads(threads)
+    gc.freeze()  # so that no step happens to pay for a search through all that the libraries have made
     described = machine()
     device, repeats = arguments.device, arguments.repeats
     rows: list[Comparison] = []
@@ -481,7 +492,7 @@ def main() -> None:
         del data
     if "memory" in arguments.only:
         print(f"[{time.strftime('%H:%M:%S')}] memory", flush=True)
-        rows.append(compare_memory(size, device, repeats, apart=not arguments.quick, threads=threads))
+        rows.append(compare_memory(size, device, apart=not arguments.quick, threads=threads))
     if "pack" in arguments.only:
         print(f"[{time.strftime('%H:%M:%S')}] pack", flush=True)
         rows.append(time_pack(Data.of(pack_size, device), repeats))
