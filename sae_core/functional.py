@@ -14,6 +14,13 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
     return torch.relu(pre_acts) * top_k_mask(pre_acts, k)
 
 
+def batch_topk(pre_acts: Tensor, n: int) -> Tensor:
+    """The n largest of all entries [..., F] where they are positive, 0 elsewhere; with those tied with the smallest."""
+    kept = torch.relu(pre_acts)
+    least = kept.detach().flatten().topk(min(n, kept.numel()), sorted=False).values.min()
+    return kept * (kept >= least)
+
+
 def jumprelu(pre_acts: Tensor, threshold: Tensor) -> Tensor:
     """ReLU of the entries above their latent's threshold [F], 0 elsewhere (arXiv 2407.14435, eq. 3)."""
     return torch.relu(pre_acts) * (pre_acts > threshold)

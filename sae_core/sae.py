@@ -43,7 +43,7 @@ class SAEConfig(BaseModel):
     apply_b_dec_to_input: bool = True
     normalize_activations: Literal["none", "constant_norm_rescale", "layer_norm"] = "none"
     reshape_activations: Literal["none", "hook_z"] = "none"
-    k: int | None = None
+    k: int | float | None = None
     rescale_acts_by_decoder_norm: bool = False
     metadata: dict[str, Any] = Field(default_factory=dict)
 

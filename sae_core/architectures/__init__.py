@@ -6,6 +6,7 @@ To add one: write its file, and add one line to the table.
 from collections.abc import Mapping
 from typing import Any
 
+from sae_core.architectures.batch_topk import BatchTopKSAE, BatchTopKSettings
 from sae_core.architectures.gated import GatedSAE, GatedSettings
 from sae_core.architectures.standard import StandardSAE, StandardSettings
 from sae_core.architectures.topk import TopKSAE, TopKSettings
@@ -17,6 +18,7 @@ ARCHITECTURES: dict[str, type[TrainableSAE]] = {
     "standard": StandardSAE,
     "gated": GatedSAE,
     "topk": TopKSAE,
+    "batch_topk": BatchTopKSAE,
 }
 
 
@@ -40,6 +42,8 @@ def parse_settings(mapping: Mapping[str, Any], **context: object) -> SAESettings
 
 __all__ = [
     "ARCHITECTURES",
+    "BatchTopKSAE",
+    "BatchTopKSettings",
     "GatedSAE",
     "GatedSettings",
     "StandardSAE",

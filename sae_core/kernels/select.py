@@ -152,15 +152,30 @@ def batch_top_threshold(
     parts: Sequence[Tensor], W_enc: Tensor, bias: Tensor, n: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The n-th largest positive entry of the product over all parts [B, D] of a batch, [] tensor; 0 if there are
-    fewer. Memory grows with n and with one part's product, not with the batch's."""
+    fewer. Memory grows with n and with one part's product, not with the batch's.
+
+    Products are made in the pieces in which `encode` makes them, where another size could differ in the last digit.
+    """
+    n_latents = W_enc.shape[1]
+    density = n / max(sum(len(part) for part in parts) * n_latents, 1)
     largest = parts[0].new_empty(0)
+    bound = largest.new_tensor(TINY)
     for x_BD in parts:
         product = _Product(x_BD, W_enc, bias, dtype if x_BD.dtype == torch.float32 else x_BD.dtype)
-        pre = product.rows(0, len(x_BD)).to(x_BD.dtype).reshape(-1)
-        largest = torch.cat([largest, pre[pre > 0]])
-        if len(largest) > n:
-            largest = largest[largest >= _nth_largest(largest, n)]
+        step = _tokens_at_once(x_BD, n_latents, density)
+        for start in range(0, len(x_BD), step):
+            pre = product.rows(start, start + step).to(x_BD.dtype).reshape(-1)
+            largest = torch.cat([largest, pre[pre >= bound]])
+            if len(largest) > n:
+                bound = _nth_largest(largest, n).clamp_min(TINY)
+                largest = largest[largest >= bound]
     return _nth_largest(largest, n)
+
+
+def _tokens_at_once(x_BD: Tensor, n_latents: int, density: float | None) -> int:
+    """How many tokens' product is made at a time: on a CPU, where pairs are kept, a few hundred."""
+    few = x_BD.device.type == "cpu" and (density is None or density < active.SPARSE_BELOW["cpu"])
+    return max(64, CHUNK_ENTRIES // n_latents) if few else max(len(x_BD), 1)
 
 
 def _nth_largest(values: Tensor, n: int) -> Tensor:

@@ -56,6 +56,22 @@ def test_our_folders_load_in_sae_lens(architecture, frozen, tmp_path):
         torch.testing.assert_close(theirs(x), before, **CLOSE)
 
 
+@pytest.mark.parametrize("normalize", ["expected_average_only_in", "covariance_whitening"])
+def test_a_batch_topk_sae_loads_in_sae_lens_as_a_jumprelu_sae(normalize, tmp_path):
+    x = activations()
+    settings = {"architecture": "batch_topk", "d_sae": D_SAE, "k": 4.5, "normalize_activations": normalize}
+    trainer = train(settings, x)
+    for name, tokens in (("calibrated", x), ("remembered", None)):
+        ours = trainer.export({"hook_name": "blocks.3.hook_resid_post"}, tokens=tokens)
+        ours.save(tmp_path / name, sparsity=trainer.sparsity())
+        theirs = sae_lens.SAE.load_from_disk(tmp_path / name)
+        assert theirs.cfg.architecture() == "jumprelu"
+        with torch.no_grad():
+            torch.testing.assert_close(ours.encode(x), theirs.encode(x), **CLOSE)
+            torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
+            assert (theirs.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(4.5, rel=0.1)
+
+
 def random_theirs(name: str, **config):
     cls, config_cls = {
         "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig),

@@ -11,6 +11,7 @@ SETTINGS = {
     "standard": {"architecture": "standard", "d_sae": 48, "l1_coefficient": 0.4, "l1_warm_up_steps": 5},
     "gated": {"architecture": "gated", "d_sae": 48, "l1_coefficient": 0.4, "l1_warm_up_steps": 5},
     "topk": {"architecture": "topk", "d_sae": 48, "k": 5},
+    "batch_topk": {"architecture": "batch_topk", "d_sae": 48, "k": 4.5},
 }
 
 

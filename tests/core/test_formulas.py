@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_core import ConfigError, EvaluationSums, SAETrainer, TrainingSettings, parse_settings
-from sae_core.architectures import GatedSAE, StandardSAE, TopKSAE
+from sae_core.architectures import BatchTopKSAE, GatedSAE, StandardSAE, TopKSAE
 from sae_core.architectures.jumprelu import JumpReLUSAE
 from sae_core.functional import (
     aux_k_scale,
@@ -94,6 +94,45 @@ def test_topk_loss_with_a_dead_latent():
     assert terms.loss.item() == pytest.approx(11 / 2 + 0.5 * 14 / 2)
     alive, _ = step(sae, coefficient=0.5)
     assert alive.loss.item() == pytest.approx(11 / 2)
+
+
+# ranks of X are [[6, 1], [-2, 2]]
+@pytest.mark.parametrize(
+    ("k", "f", "errors", "threshold"),
+    [
+        (0.5, [[3, 0], [0, 0]], [9 + 1, 1 + 4], 6),
+        (1, [[3, 0], [0, 2]], [9 + 1, 1], 2),
+        (1.5, [[3, 1], [0, 2]], [9, 1], 1),
+        (2, [[3, 1], [0, 2]], [9, 1], 0),  # only three pairs are positive
+    ],
+)
+def test_batch_topk_takes_the_largest_of_the_batch(k, f, errors, threshold):
+    sae = make(BatchTopKSAE, "batch_topk", k=k)
+    assert sae.encode(X).tolist() == f
+    terms, _ = step(sae, coefficient=0.5)
+    assert terms.error.square().sum(1).tolist() == errors
+    assert terms.loss == sum(errors) / 2
+    assert terms.extra["threshold"] == threshold
+    used = sae.for_use({}, X)
+    assert used.encode(X).tolist() == f
+    torch.testing.assert_close(used.threshold, torch.tensor([threshold / 2, threshold]), rtol=1e-4, atol=0)
+
+
+def test_batch_topk_with_a_dead_latent():
+    # k = 1: errors 10 and 1, residuals [[-3, 1], [-1, 0]]; the dead latent 1 alone, of each token: 9 and 1 + 4
+    terms, _ = step(make(BatchTopKSAE, "batch_topk", k=1), coefficient=0.5, dead=torch.tensor([False, True]))
+    assert terms.loss.item() == pytest.approx(11 / 2 + 0.5 * 14 / 2)
+
+
+def test_the_mean_threshold_is_right_from_the_first_batch_and_forgets():
+    state = BatchTopKSAE.state_at_start(None)
+    sae, means = make(BatchTopKSAE, "batch_topk", k=1), []
+    for threshold in [4.0, 2.0, 3.0, *[5.0] * 100]:
+        state = sae.next_state(state, {"threshold": torch.tensor(threshold).double()}, None, None)
+        means.append(state["threshold"].item())
+    assert means[:3] == [4.0, 3.0, 3.0]
+    assert means[-1] == pytest.approx(5.0, abs=1e-3)
+    assert sae.for_use(state, None).threshold.tolist() == pytest.approx([2.5, 5.0], abs=1e-3)
 
 
 def test_jumprelu_encode():

@@ -37,24 +37,48 @@ def plain_gated(w, x, coefficient, dead):
     return ((x_hat - x).square() + (via_gate - x).square()).sum(1).mean() + coefficient * penalty
 
 
-def plain_topk(w, x, coefficient, dead, k=3):
+def plain_pre(w, x):
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-    ranks = pre * w["W_dec"].norm(dim=1)
+    return pre, pre * w["W_dec"].norm(dim=1)
 
-    def keep(ranks, k):
-        return torch.zeros_like(pre).scatter(1, ranks.topk(k, dim=1).indices, 1.0)
 
-    x_hat = (torch.relu(pre) * keep(ranks, k)) @ w["W_dec"] + w["b_dec"]
-    loss = (x_hat - x).square().sum(1).mean()
+def keep(ranks, k):
+    return torch.zeros_like(ranks).scatter(1, ranks.topk(k, dim=1).indices, 1.0)
+
+
+def plain_aux_k(w, x, x_hat, coefficient, dead):
     if dead is None:
-        return loss
+        return 0.0
+    pre, ranks = plain_pre(w, x)
     n_dead, most = int(dead.sum()), D_IN // 2
     z = torch.relu(pre) * keep(ranks.masked_fill(~dead, -torch.inf), min(most, n_dead))
     aux = (z @ w["W_dec"] - (x - x_hat).detach()).square().sum(1).mean()
-    return loss + coefficient * min(n_dead / most, 1) * aux
+    return coefficient * min(n_dead / most, 1) * aux
 
 
-PLAIN = {"standard": plain_standard, "gated": plain_gated, "topk": plain_topk}
+def plain_topk(w, x, coefficient, dead):
+    pre, ranks = plain_pre(w, x)
+    x_hat = (torch.relu(pre) * keep(ranks, 3)) @ w["W_dec"] + w["b_dec"]
+    return (x_hat - x).square().sum(1).mean() + plain_aux_k(w, x, x_hat, coefficient, dead)
+
+
+def plain_batch_topk(w, x, coefficient, dead):
+    pre, ranks = plain_pre(w, x)
+    kept = keep(ranks.view(1, -1), int(2.3 * TOKENS)).view_as(ranks)
+    x_hat = (torch.relu(pre) * kept) @ w["W_dec"] + w["b_dec"]
+    return (x_hat - x).square().sum(1).mean() + plain_aux_k(w, x, x_hat, coefficient, dead)
+
+
+PLAIN = {
+    "standard": plain_standard,
+    "gated": plain_gated,
+    "topk": plain_topk,
+    "batch_topk": plain_batch_topk,
+}
+FIELDS = {  # of the configuration
+    "topk": {"k": 3, "rescale_acts_by_decoder_norm": True},
+    "batch_topk": {"k": 2.3},
+}
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
@@ -62,8 +86,7 @@ PLAIN = {"standard": plain_standard, "gated": plain_gated, "topk": plain_topk}
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, path, monkeypatch):
     monkeypatch.setitem(active.SPARSE_BELOW, "cpu", {"dense": 0.0, "sparse": 2.0}[path])
-    fields = {"k": 3, "rescale_acts_by_decoder_norm": True} if architecture == "topk" else {}
-    sae = make_sae(architecture, **fields)
+    sae = make_sae(architecture, **FIELDS.get(architecture, {}))
     x = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(6)).double() * 2
     dead = torch.arange(D_SAE) < n_dead if n_dead else None
 
