@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 # Below this share of active pairs the sparse form is taken. On CPU both take equally long at about 0.15 to 0.2; at
-# 0.01 sparse is 5 times faster. On a GPU not measured yet.
+# 0.01 sparse is 5 times faster. On a GPU not measured yet; there it is taken only where the number of pairs is known
+# beforehand, since counting them would wait for the device.
 SPARSE_BELOW = {"cpu": 0.13, "cuda": 0.02}
 
 
@@ -76,11 +77,13 @@ class DenseActive:
 class SparseActive:
     """Pairs in the order of tokens, with a second order by latents for the sums over tokens.
 
-    `flat` [P] int64: token * n_latents + latent of each pair, ascending.
+    `flat` [P] int64: token * n_latents + latent of each pair, ascending. `active` [P]: 0 at pairs that only fill up a
+    number fixed beforehand and are not active, 1 elsewhere; None where all are.
     """
 
-    def __init__(self, flat: Tensor, n_tokens: int, n_latents: int):
+    def __init__(self, flat: Tensor, n_tokens: int, n_latents: int, active: Tensor | None = None):
         self.n_tokens, self.n_latents = n_tokens, n_latents
+        self.active = active
         if flat.device.type == "cpu":
             self._index_on_cpu(flat.numpy())
         else:
@@ -121,7 +124,7 @@ class SparseActive:
 
     def gather(self, values_BF: Tensor) -> Tensor:
         flat = torch.repeat_interleave(self.bounds.diff(), output_size=len(self.latents)) * self.n_latents
-        return values_BF.reshape(-1)[flat.add_(self.latents)]
+        return self._where_active(values_BF.reshape(-1)[flat.add_(self.latents)])
 
     def decode(self, values: Tensor, W_FD: Tensor) -> Tensor:
         return embedding_bag(self.latents, W_FD, self.bounds[:-1], mode="sum", per_sample_weights=values)
@@ -129,7 +132,10 @@ class SparseActive:
     def row_dots(self, g_BD: Tensor, W_FD: Tensor, plus_F: Tensor | None = None) -> Tensor:
         pattern = self._pattern.to(g_BD.dtype)
         dots = torch.sparse.sampled_addmm(pattern, g_BD, W_FD.T, beta=0.0).values()
-        return dots if plus_F is None else dots.add_(plus_F[self.latents])
+        return self._where_active(dots if plus_F is None else dots.add_(plus_F[self.latents]))
+
+    def _where_active(self, values: Tensor) -> Tensor:
+        return values if self.active is None else values * self.active
 
     def latent_sums(self, values: Tensor, x_BD: Tensor) -> Tensor:
         by_latent = values[self.order]

@@ -1,7 +1,8 @@
 """From a batch to its active pairs: the encoder's product, and the choice of what is active in it.
 
 On a CPU the product is made a few hundred tokens at a time and searched while it is in the cache; only the pairs are
-kept, so that no [B, F] matrix is ever whole in memory. A device makes it in one piece.
+kept, so that no [B, F] matrix is ever whole in memory. A device makes it in one piece, and in a number of pairs that is
+known beforehand (inactive ones fill it up), so that nothing waits for it; where none is known the dense form is taken.
 
 Shapes: B tokens, D = d_in, F = d_sae, P pairs.
 """
@@ -105,9 +106,13 @@ def encode(
     """
     n_tokens, n_latents = len(x_BD), W_enc.shape[1]
     product = _Product(x_BD, W_enc, bias, dtype if x_BD.dtype == torch.float32 else x_BD.dtype)
-    limit = active.SPARSE_BELOW.get(x_BD.device.type, 0.02)
-    on_cpu = x_BD.device.type == "cpu"
-    step = max(64, CHUNK_ENTRIES // n_latents) if on_cpu else max(n_tokens, 1)
+    limit = active.SPARSE_BELOW.get(x_BD.device.type, 0.0)
+    if x_BD.device.type != "cpu":
+        pre = product.rows(0, n_tokens).to(x_BD.dtype)
+        if isinstance(selection, TopK) and selection.density < limit:
+            return _fixed_pairs(*_top_k_fixed(pre, selection.k), n_tokens, n_latents)
+        return selection.dense(pre)
+    step = max(64, CHUNK_ENTRIES // n_latents)
     if selection.density is None or selection.density < limit:
         positions, values = [], []
         for start in range(0, n_tokens, step):
@@ -131,6 +136,10 @@ def encode_batch_top(
     0 where fewer than n are positive). Entries tied with it are all active."""
     n_latents = W_enc.shape[1]
     density = min(n / max(len(x_BD) * n_latents, 1), 1.0)
+    if x_BD.device.type != "cpu" and 0 < density < active.SPARSE_BELOW.get(x_BD.device.type, 0.0):
+        pre = _Product(x_BD, W_enc, bias, dtype).rows(0, len(x_BD)).to(x_BD.dtype)
+        flat, values = _batch_top_fixed(pre, n)
+        return *_fixed_pairs(flat, values, len(x_BD), n_latents), values.amin()
     if x_BD.device.type != "cpu" or density >= active.SPARSE_BELOW["cpu"]:
         threshold = batch_top_threshold([x_BD], W_enc, bias, n, dtype)
         return *encode(x_BD, W_enc, bias, AtLeast(threshold, density), dtype), threshold
@@ -219,6 +228,26 @@ class _Product:
         if self._buffer is None or len(self._buffer) < len(x):
             self._buffer = x.new_empty(len(x), self.W.shape[1])
         return torch.addmm(self.bias, x, self.W, out=self._buffer[: len(x)])
+
+
+# ---- on a device ---------------------------------------------------------------------------------------------------
+
+
+def _top_k_fixed(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Flat positions, ascending, of k entries of each row, its largest, and their values, 0 where not positive."""
+    latents = torch.topk(pre, k, dim=1, sorted=False).indices.sort(dim=1).values
+    flat = latents + torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
+    return flat.view(-1), pre.gather(1, latents).relu_().view(-1)
+
+
+def _batch_top_fixed(pre: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """As `_top_k_fixed`, for the n largest entries of all."""
+    flat = torch.topk(pre.view(-1), n, sorted=False).indices.sort().values
+    return flat, pre.view(-1)[flat].relu_()
+
+
+def _fixed_pairs(flat: Tensor, values: Tensor, n_tokens: int, n_latents: int) -> tuple[SparseActive, Tensor]:
+    return SparseActive(flat, n_tokens, n_latents, active=(values > 0).to(values.dtype)), values
 
 
 # ---- top k ----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """The hand-written gradients against autograd of the plain formulas, on the dense and on the sparse path."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from sae_cases import SETTINGS
-from sae_core import ARCHITECTURES, SAETrainer, parse_settings
-from sae_core.kernels import Above, DenseActive, SparseActive, active, encode
+from sae_core import ARCHITECTURES, JumpReLUSettings, SAETrainer, parse_settings
+from sae_core.kernels import Above, DenseActive, SparseActive, active, encode, select
 from sae_core.sae import Gradients, SAEConfig, StepContext
 
 D_IN, D_SAE, TOKENS = 6, 10, 16
+JUMPRELU = JumpReLUSettings(d_sae=D_SAE, l0_coefficient=0.7, bandwidth=0.8, pre_act_coefficient=0.3)
 
 
 def make_sae(architecture: str, **fields):
@@ -69,11 +72,45 @@ def plain_batch_topk(w, x, coefficient, dead):
     return (x_hat - x).square().sum(1).mean() + plain_aux_k(w, x, x_hat, coefficient, dead)
 
 
+class Jump(torch.autograd.Function):
+    """H(pre - threshold), with the rectangle [F] as the derivative of H; ste_to_input: for pre as well."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, width, ste_to_input):
+        ctx.save_for_backward(((pre - threshold).abs() < width / 2) / width)
+        ctx.ste_to_input = ste_to_input
+        return (pre > threshold).to(pre)
+
+    @staticmethod
+    def backward(ctx, d):
+        (kernel,) = ctx.saved_tensors
+        return kernel * d if ctx.ste_to_input else None, -(kernel * d).sum(0), None, None
+
+
+def plain_jumprelu(w, x, coefficient, dead, settings=JUMPRELU):
+    pre, _ = plain_pre(w, x)
+    norms = w["W_dec"].norm(dim=1)
+    threshold = w["threshold"] + (w["threshold"].clamp_min(0) - w["threshold"]).detach()
+    jump = Jump.apply(pre, threshold, settings.bandwidth / norms.detach(), settings.ste_to_input)
+    # d f / d threshold is -threshold times the rectangle, where the plain product would say -pre
+    f = pre * jump.detach() + threshold.detach() * (jump - jump.detach())
+    x_hat = f @ w["W_dec"] + w["b_dec"]
+    sparsity = jump.sum(1) if settings.sparsity == "step" else torch.tanh(settings.tanh_scale * f * norms).sum(1)
+    loss = (x_hat - x).square().sum(1).mean() + coefficient * sparsity.mean()
+    if dead is None:
+        return loss
+    lift = torch.relu(threshold - pre) * norms.detach()
+    below_zero = torch.relu(threshold.detach() - pre) * norms.detach()  # such a threshold is not lowered further
+    lift = torch.where(w["threshold"] > 0, lift, below_zero)
+    return loss + settings.pre_act_coefficient * lift[:, dead].sum(1).mean()
+
+
 PLAIN = {
     "standard": plain_standard,
     "gated": plain_gated,
     "topk": plain_topk,
     "batch_topk": plain_batch_topk,
+    "jumprelu": plain_jumprelu,
 }
 FIELDS = {  # of the configuration
     "topk": {"k": 3, "rescale_acts_by_decoder_norm": True},
@@ -86,17 +123,33 @@ FIELDS = {  # of the configuration
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, path, monkeypatch):
     monkeypatch.setitem(active.SPARSE_BELOW, "cpu", {"dense": 0.0, "sparse": 2.0}[path])
-    sae = make_sae(architecture, **FIELDS.get(architecture, {}))
+    settings = JUMPRELU if architecture == "jumprelu" else None
+    check_gradients(make_sae(architecture, **FIELDS.get(architecture, {})), PLAIN[architecture], n_dead, settings)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("n_dead", [0, 7])
+@pytest.mark.parametrize(
+    "changes",
+    [{"ste_to_input": True}, {"sparsity": "tanh", "tanh_scale": 1.5}, {"sparsity": "tanh", "ste_to_input": True}],
+)
+def test_gradients_of_every_kind_of_jumprelu(changes, n_dead, path, monkeypatch):
+    monkeypatch.setitem(active.SPARSE_BELOW, "cpu", {"dense": 0.0, "sparse": 2.0}[path])
+    settings = JUMPRELU.model_copy(update=changes)
+    check_gradients(make_sae("jumprelu"), partial(plain_jumprelu, settings=settings), n_dead, settings)
+
+
+def check_gradients(sae, plain, n_dead, settings):
     x = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(6)).double() * 2
     dead = torch.arange(D_SAE) < n_dead if n_dead else None
 
     weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in sae.named_parameters()}
-    expected_loss = PLAIN[architecture](weights, x, 0.7, dead)
+    expected_loss = plain(weights, x, 0.7, dead)
     expected_loss.backward()
 
     gradients = Gradients(frozenset(weights))
     with torch.no_grad():
-        terms = sae.accumulate_gradients(x, x, gradients, StepContext(TOKENS, 0.7, dead))
+        terms = sae.accumulate_gradients(x, x, gradients, StepContext(TOKENS, 0.7, dead, settings=settings))
     torch.testing.assert_close(terms.loss, expected_loss.detach())
     for name, tensor in weights.items():
         gradient = gradients[name].T if name == "W_enc" else gradients[name]
@@ -173,7 +226,24 @@ def test_the_index_made_on_a_device_is_the_one_made_on_cpu():
     by_numpy, by_torch = SparseActive.of_mask(mask), SparseActive.of_mask(mask)
     by_torch._index_on_device(mask.view(-1).nonzero().squeeze(1))
     for name, tensor in vars(by_numpy).items():
-        assert name.startswith("n_") or torch.equal(tensor, vars(by_torch)[name]), name
+        assert tensor is None or name.startswith("n_") or torch.equal(tensor, vars(by_torch)[name]), name
+
+
+def test_pairs_of_a_number_fixed_beforehand_do_what_the_active_ones_do():
+    """What a device does without waiting for it, run here: inactive pairs fill up the number and add nothing."""
+    generator = torch.Generator().manual_seed(10)
+    pre = torch.randn(12, 40, generator=generator) - 1.5  # many rows have fewer than k positive entries
+    g, W = torch.randn(12, 3, generator=generator), torch.randn(40, 3, generator=generator)
+    few = select.encode(torch.eye(12), pre, torch.zeros(40), select.TopK(6, 40), torch.float32)
+    of_rows = select._fixed_pairs(*select._top_k_fixed(pre, 6), 12, 40)
+    of_batch = select._fixed_pairs(*select._batch_top_fixed(pre, 72), 12, 40)
+    batch, values, _ = select.encode_batch_top(torch.eye(12), pre, torch.zeros(40), 72)
+    for (fixed, fixed_values), (plain, plain_values) in ((of_rows, few), (of_batch, (batch, values))):
+        assert len(fixed_values) == 72 > len(plain_values[plain_values > 0])
+        torch.testing.assert_close(fixed.decode(fixed_values, W), plain.decode(plain_values, W))
+        for one, other in ((fixed_values, plain_values), (fixed.row_dots(g, W, W[:, 0]), plain.row_dots(g, W, W[:, 0]))):
+            torch.testing.assert_close(fixed.latent_sums(one, g), plain.latent_sums(other, g))
+            torch.testing.assert_close(fixed.per_latent(one), plain.per_latent(other))
 
 
 @pytest.mark.gpu
