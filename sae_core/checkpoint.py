@@ -1,11 +1,16 @@
 """Reading and writing SAELens' folder format: cfg.json, sae_weights.safetensors, sparsity.safetensors.
 
-Only safetensors and JSON are ever read. Whatever is wrong with a folder is a CheckpointError that names it.
+Only safetensors and JSON are ever read, and only from the folder itself. Whatever is wrong with a folder is a
+CheckpointError that names file and field. Beside the SAEs that SAELens uses, two kinds of its training checkpoints are
+read: those of batch top-k SAEs, as the JumpReLU SAE that they are used as, and unfolded ones, if the normalisation that
+they were trained with lies beside them.
 """
 
 import json
 import os
+import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,16 @@ from torch import Tensor
 
 from sae_core.architectures import ARCHITECTURES
 from sae_core.architectures.jumprelu import JumpReLUSAE
-from sae_core.errors import CheckpointError
+from sae_core.errors import CheckpointError, ConfigError
+from sae_core.normalization import PER_TOKEN, Whitening
 from sae_core.sae import SAE, SAEConfig
 from sae_core.settings import nearest
 
-LOADABLE: dict[str, type[SAE]] = {**ARCHITECTURES, "jumprelu": JumpReLUSAE}
+CLASSES: dict[str, type[SAE]] = {**ARCHITECTURES, "jumprelu": JumpReLUSAE}
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+# What SAELens' trainer lays beside a checkpoint whose weights still expect normalised activations.
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # The revision of the format that is written. SAELens drops nested metadata that claims a format before 6.0.0.
 FORMAT_VERSION = "6.54.12"
@@ -33,10 +42,35 @@ FLAT_WEIGHT_KEYS = {
 }
 
 
+@dataclass(frozen=True)
+class Form:
+    """What an `architecture` of cfg.json is here."""
+
+    architecture: str
+    transcoder: bool = False
+    skip: bool = False
+    batch_top_k: bool = False  # a training checkpoint with one threshold for all latents
+
+
+# SAELens has no top-k transcoder: it refuses the last two names, which are this library's own.
+FORMS = {
+    **{name: Form(name) for name in ("standard", "gated", "topk", "jumprelu")},
+    "transcoder": Form("standard", transcoder=True),
+    "skip_transcoder": Form("standard", transcoder=True, skip=True),
+    "jumprelu_transcoder": Form("jumprelu", transcoder=True),
+    "jumprelu_skip_transcoder": Form("jumprelu", transcoder=True, skip=True),
+    "topk_transcoder": Form("topk", transcoder=True),
+    "topk_skip_transcoder": Form("topk", transcoder=True, skip=True),
+}
+TRAINING_FORMS = {name: Form("jumprelu", batch_top_k=True) for name in ("batchtopk", "matryoshka_batchtopk")}
+
+
 def save_sae(sae: SAE, folder: str | Path, *, sparsity: Tensor | None = None) -> None:
     """Write `sae` to `folder` (made if needed; an SAE that lies there is replaced). cfg.json appears last: a folder
-    without it was not written to the end, and `load_sae` says so."""
+    without it was not written to the end, and `load_sae` says so. ConfigError, and nothing is touched, for what has no
+    form on disk."""
     folder = Path(folder)
+    config = _written_config(sae)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     _save_tensors(dict(sae.named_parameters()), folder / WEIGHTS)
@@ -44,8 +78,8 @@ def save_sae(sae: SAE, folder: str | Path, *, sparsity: Tensor | None = None) ->
         (folder / SPARSITY).unlink(missing_ok=True)
     else:
         _save_tensors({"sparsity": sparsity.float()}, folder / SPARSITY)
-    partial = folder / (CONFIG + ".partial")
-    partial.write_text(json.dumps(_written_config(sae), indent=2) + "\n")
+    partial = _fresh(folder / (CONFIG + ".partial"))
+    partial.write_text(config, encoding="utf-8")
     os.replace(partial, folder / CONFIG)
 
 
@@ -54,88 +88,136 @@ def load_sae(
 ) -> SAE:
     """The SAE in `folder`, in `dtype` or in the one that it was saved in."""
     folder = Path(folder)
-    cfg = read_config(folder)
-    sae_class = LOADABLE[cfg.architecture]
-    tensors = _load_tensors(folder / WEIGHTS)
-    _absorb_scaling_factor(tensors)
-    _check_tensors(tensors, sae_class.shapes(cfg), folder / WEIGHTS)
-    target = _dtype(cfg.dtype if dtype is None else dtype, "dtype")
+    raw, form = _read_config(folder)
+    path = folder / CONFIG
+    target = _dtype(raw.get("dtype", "float32") if dtype is None else dtype, f"{path}: dtype")
+    cfg = _config(raw, form, path)
     cfg = cfg.model_copy(update={"dtype": str(target).removeprefix("torch.")})
-    weights = {name: tensors[name].to(device, target) for name in sae_class.shapes(cfg)}
-    return sae_class(cfg, weights)
+    sae_class = CLASSES[form.architecture]
+    shapes = sae_class.shapes(cfg)
+    if form.batch_top_k:
+        shapes = {name: shape for name, shape in shapes.items() if name != "threshold"} | {"topk_threshold": ()}
+    tensors = _load_tensors(folder, WEIGHTS)
+    if "log_threshold" in tensors:  # of SAELens' older training checkpoints
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    factor = tensors.pop("scaling_factor", None)
+    _check_tensors(tensors, shapes, folder / WEIGHTS)
+    if factor is not None:  # old: of each latent's output, nearly always 1
+        _check_tensors({"scaling_factor": factor}, {"scaling_factor": (cfg.d_sae,)}, folder / WEIGHTS)
+        tensors["W_dec"] = tensors["W_dec"] * factor[:, None]
+    unfolded = raw["normalize_activations"] in UNFOLDED
+    if unfolded or form.batch_top_k:
+        tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        ranked = form.batch_top_k and cfg.rescale_acts_by_decoder_norm
+        sae = sae_class(cfg, _with_threshold_per_latent(tensors, ranked) if form.batch_top_k else tensors)
+        sae = sae.replaced(rescale_acts_by_decoder_norm=False).unit_rows() if ranked else sae
+        if unfolded:
+            sae = _folded(sae, raw["normalize_activations"], folder)
+            sae = sae.unit_rows() if ranked and raw["normalize_activations"] == "expected_average_only_in" else sae
+        cfg, tensors = sae.cfg, dict(sae.named_parameters())
+    return sae_class(cfg, {name: tensors[name].detach().to(device, target) for name in sae_class.shapes(cfg)})
 
 
 def load_sparsity(folder: str | Path) -> Tensor | None:
     """log10 firing rates [d_sae] of the SAE in `folder`, or None if none were saved."""
     path = Path(folder) / SPARSITY
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    tensors = _load_tensors(path)
+    tensors = _load_tensors(Path(folder), SPARSITY)
     if "sparsity" not in tensors:
         raise CheckpointError(f"{path}: no tensor 'sparsity'; it has {sorted(tensors)}")
-    return tensors["sparsity"]
+    sparsity = tensors["sparsity"]
+    if sparsity.ndim != 1 or sparsity.dtype not in DTYPES.values():
+        raise CheckpointError(
+            f"{path}: sparsity is {sparsity.dtype} of shape {list(sparsity.shape)}; expected are floats [d_sae]"
+        )
+    return sparsity
 
 
-def read_config(folder: str | Path) -> SAEConfig:
-    """The configuration in `folder`, of today's format or of the flat one before SAELens 6.0.0."""
-    folder = Path(folder)
+# ---- the configuration ----
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Form]:
+    """The configuration in `folder` in today's form, and what its architecture is here."""
+    raw = _read_json(folder, CONFIG)
     path = folder / CONFIG
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: {CONFIG} is missing; expected are {CONFIG} and {WEIGHTS}")
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # no JSON, or no text
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return _config(raw if isinstance(raw.get("metadata"), dict) else _from_flat(raw), path)
+    if not isinstance(raw.get("metadata"), dict | None):
+        raise CheckpointError(f"{path}: metadata is {raw['metadata']!r}; accepted is an object")
+    raw = _from_flat(raw, path) if raw.get("metadata") is None else raw
+    known = FORMS | TRAINING_FORMS
+    name = raw.get("architecture")
+    if not isinstance(name, str) or name not in known:
+        close = nearest(name, list(known))
+        raise CheckpointError(f"{path}: unknown architecture {name!r}{close}; accepted: {', '.join(known)}")
+    form = known[name]
+    modes = ("none",) if form.transcoder else ("none", *PER_TOKEN, *UNFOLDED)
+    return {**raw, "normalize_activations": _one_of(raw, "normalize_activations", modes, path)}, form
 
 
-def _from_flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _from_flat(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Today's form of a flat configuration."""
     activation = raw.get("activation_fn_str", raw.get("activation_fn", "relu"))
     new = {key: value for key, value in raw.items() if key in FLAT_WEIGHT_KEYS}
     new.setdefault("architecture", "standard")
     if isinstance(activation, str) and activation.startswith("topk"):
-        new |= {"architecture": "topk", "k": (raw.get("activation_fn_kwargs") or {}).get("k", raw.get("k"))}
+        kwargs = raw.get("activation_fn_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise CheckpointError(f"{path}: activation_fn_kwargs is {kwargs!r}; accepted is an object")
+        new |= {"architecture": "topk", "k": kwargs.get("k", raw.get("k"))}
     elif activation != "relu":
         new["architecture"] = f"{new['architecture']} with activation {activation}"
     normalize = new.get("normalize_activations", "none")
     if isinstance(normalize, bool):  # older still
         new["normalize_activations"] = "expected_average_only_in" if normalize else "none"
     metadata = {FLAT_NAMES.get(key, key): value for key, value in raw.items() if key not in FLAT_WEIGHT_KEYS}
+    new.setdefault("reshape_activations", "hook_z" if "hook_z" in str(metadata.get("hook_name")) else "none")
     return {**new, "metadata": metadata}
 
 
-def _config(raw: Mapping[str, Any], path: Path) -> SAEConfig:
-    architecture = raw.get("architecture")
-    if not isinstance(architecture, str) or architecture not in LOADABLE:
-        close = nearest(architecture, list(LOADABLE))
-        raise CheckpointError(f"{path}: unknown architecture {architecture!r}{close}; known: {', '.join(LOADABLE)}")
-    normalize = raw.get("normalize_activations") or "none"
-    if normalize != "none":
-        raise CheckpointError(
-            f"{path}: normalize_activations is {normalize!r}; accepted is 'none'. The folder does not hold the scale "
-            "that the activations must have: save it folded (in SAELens, fold_activation_norm_scaling_factor)"
-        )
-    for name in ("d_in", "d_sae", *(["k"] if architecture == "topk" else [])):
-        value = raw.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise CheckpointError(f"{path}: {name} is {value!r}; accepted is a whole number above 0")
+def _config(raw: Mapping[str, Any], form: Form, path: Path) -> SAEConfig:
+    topk = form.architecture == "topk"
+    subtracts = _flag(raw, "apply_b_dec_to_input", not form.transcoder, path)
+    if form.transcoder and subtracts:
+        raise CheckpointError(f"{path}: apply_b_dec_to_input is True; a transcoder's is false, its b_dec is an output")
+    mode = raw["normalize_activations"]
+    d_in, d_sae = _whole(raw, "d_in", path), _whole(raw, "d_sae", path)
     return SAEConfig(
-        architecture=architecture,
-        d_in=raw["d_in"],
-        d_sae=raw["d_sae"],
-        dtype=str(_dtype(raw.get("dtype", "float32"), f"{path}: dtype")).removeprefix("torch."),
-        apply_b_dec_to_input=bool(raw.get("apply_b_dec_to_input", True)),
-        k=min(raw["k"], raw["d_sae"]) if architecture == "topk" else None,
-        rescale_acts_by_decoder_norm=bool(raw.get("rescale_acts_by_decoder_norm", False)),
+        architecture=form.architecture,
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=_whole(raw, "d_out", path) if form.transcoder else None,
+        skip=form.skip,
+        apply_b_dec_to_input=subtracts,
+        normalize_activations=mode if mode in PER_TOKEN else "none",
+        reshape_activations=_one_of(raw, "reshape_activations", ("none", "hook_z"), path),
+        k=min(_whole(raw, "k", path), d_sae) if topk else None,
+        # SAELens' trainer takes it for true unless told otherwise, and always writes it
+        rescale_acts_by_decoder_norm=(topk or form.batch_top_k)
+        and _flag(raw, "rescale_acts_by_decoder_norm", form.batch_top_k, path),
         metadata=raw["metadata"],
     )
+
+
+def _whole(raw: Mapping[str, Any], name: str, path: Path) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise CheckpointError(f"{path}: {name} is {value!r}; accepted is a whole number above 0")
+    return value
+
+
+def _flag(raw: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    value = raw.get(name)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{path}: {name} is {value!r}; accepted: true, false")
+    return default if value is None else value
+
+
+def _one_of(raw: Mapping[str, Any], name: str, accepted: tuple[str, ...], path: Path) -> str:
+    """The value of a field that may be missing or null: then the first of what is accepted."""
+    value = raw.get(name)
+    if value is not None and value not in accepted:
+        raise CheckpointError(f"{path}: {name} is {value!r}; accepted: {', '.join(accepted)}")
+    return accepted[0] if value is None else value
 
 
 def _dtype(given: object, field: str) -> torch.dtype:
@@ -145,44 +227,142 @@ def _dtype(given: object, field: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _written_config(sae: SAE) -> dict[str, Any]:
-    topk = ("k", "rescale_acts_by_decoder_norm") if sae.cfg.architecture == "topk" else ()
-    return {
-        "architecture": sae.cfg.architecture,
+def _written_config(sae: SAE) -> str:
+    cfg = sae.cfg
+    form = Form(cfg.architecture, transcoder=cfg.is_transcoder, skip=cfg.skip)
+    name = next((name for name, known in FORMS.items() if known == form), None)
+    if name is None:
+        raise ConfigError(
+            f"architecture {cfg.architecture!r} has no form on disk; accepted are {', '.join(FORMS)}: what is trained "
+            "in another form is saved as SAETrainer.export gives it"
+        )
+    hook_name = cfg.metadata.get("hook_name")
+    if cfg.reshape_activations == "hook_z" and hook_name is not None and not str(hook_name).endswith("_z"):
+        raise ConfigError(
+            f"reshape_activations is 'hook_z' at hook_name {hook_name!r}: SAELens accepts it where the name ends in _z"
+        )
+    raw = {
+        "architecture": name,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
+        **({"d_out": sae.d_out} if cfg.is_transcoder else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **{name: getattr(sae.cfg, name) for name in topk},
-        "metadata": {"sae_lens_training_version": None, **sae.cfg.metadata, "sae_lens_version": FORMAT_VERSION},
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "normalize_activations": cfg.normalize_activations,
+        "reshape_activations": cfg.reshape_activations,
+        **({"k": cfg.k, "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm} if cfg.k else {}),
+        "metadata": {"sae_lens_training_version": None, **cfg.metadata, "sae_lens_version": FORMAT_VERSION},
     }
+    try:
+        return json.dumps(raw, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata cannot be written as JSON: {error}") from None
+
+
+# ---- training checkpoints of SAELens ----
+
+
+def _with_threshold_per_latent(tensors: Mapping[str, Tensor], ranked: bool) -> dict[str, Tensor]:
+    """The weights of the JumpReLU SAE that SAELens makes of a batch top-k SAE: a latent fires above the one threshold
+    of all, of its pre-activation or, if `ranked`, of that times its decoder row's norm."""
+    weights = {name: tensor for name, tensor in tensors.items() if name != "topk_threshold"}
+    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8) if ranked else torch.ones_like(tensors["b_enc"])
+    return {**weights, "threshold": tensors["topk_threshold"] / norms}
+
+
+def _folded(sae: SAE, mode: str, folder: Path) -> SAE:
+    """The function of raw activations that `sae` is of activations normalised as the folder's scaler files say."""
+    path = folder / SCALER
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{folder / CONFIG}: normalize_activations is {mode!r} and {SCALER} is missing: the folder does not hold "
+            "the scale that the activations must have. Accepted: a checkpoint of SAELens' trainer with all its files, "
+            "or one saved folded (fold_activation_norm_scaling_factor)"
+        )
+    if mode == "expected_average_only_in":
+        scale = _read_json(folder, SCALER).get("scaling_factor")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+            raise CheckpointError(f"{path}: scaling_factor is {scale!r}; accepted is a number above 0")
+        return sae.folded(float(scale), float(scale))
+    tensors = _load_tensors(folder, WHITENING)
+    square = (sae.d_in, sae.d_in)
+    _check_tensors(tensors, {"mean": square[:1], "matrix": square, "inverse_matrix": square}, folder / WHITENING)
+    whitening = Whitening(*(tensors[name].double() for name in ("mean", "matrix", "inverse_matrix")))
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        sae = sae.unit_rows().replaced(rescale_acts_by_decoder_norm=False)
+    return sae.unwhitened(whitening, whitening)
+
+
+# ---- files ----
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    real = _find(folder, name)
+    try:
+        raw = json.loads(Path(real).read_bytes().decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two values they take: neither is what was meant for sure."""
+    seen: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"{name!r} stands there twice")
+        seen[name] = value
+    return seen
+
+
+def _find(folder: Path, name: str) -> str:
+    """The real path of a file of the folder. A link must not lead out of it, but for those of a Hugging Face cache,
+    whose snapshots link to the blobs beside them."""
+    try:
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise CheckpointError(f"{folder}: no folder, but a file")
+        base, real = Path(os.path.realpath(folder)), os.path.realpath(folder / name, strict=True)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        what = f"{name} is missing; expected are {CONFIG} and {WEIGHTS}" if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}") from None
+    homes = [base, *(above.parent / "blobs" for above in (base, *base.parents) if above.name == "snapshots")]
+    if not any(Path(real).is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{folder / name}: links to {real}; accepted are files of the folder itself")
+    if not os.path.isfile(real):
+        raise CheckpointError(f"{folder / name}: not a file")
+    return real
+
+
+def _fresh(path: Path) -> Path:
+    """`path`, with nothing there: writing to a link would write to where it leads."""
+    path.unlink(missing_ok=True)
+    return path
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = _fresh(path.with_name(path.name + ".partial"))
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, path)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: {path.name} is missing")
+def _load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    path = folder / name
+    real = _find(folder, name)
     try:
-        return load_file(path)
+        with open(real, "rb"):  # safetensors calls any file missing that it may not open
+            return load_file(real)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file, truncated or damaged ({error})") from None
-
-
-def _absorb_scaling_factor(tensors: dict[str, Tensor]) -> None:
-    """Old folders carry a factor on each latent's output, nearly always 1: it belongs into the decoder's rows."""
-    factor = tensors.pop("scaling_factor", None)
-    if factor is not None and "W_dec" in tensors and factor.shape == tensors["W_dec"].shape[:1]:
-        tensors["W_dec"] = tensors["W_dec"] * factor[:, None]
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
@@ -193,3 +373,5 @@ def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(f"{path}: {name} has shape {list(tensors[name].shape)}; expected is {list(shape)}")
+        if tensors[name].dtype not in DTYPES.values():
+            raise CheckpointError(f"{path}: {name} has type {tensors[name].dtype}; accepted: {', '.join(DTYPES)}")

@@ -41,10 +41,10 @@ def scale_tokens(x: Tensor, mode: str) -> tuple[Tensor, TokenScaling | None]:
     """Activations [..., d_in] normalised token by token; as they are, and None, for a mode that does not do so.
 
     As in SAELens, layer_norm divides by the unbiased standard deviation plus 1e-5 and multiplies by the standard
-    deviation alone.
+    deviation alone. A token of zeros stays zeros, where SAELens' constant_norm_rescale gives NaN.
     """
     if mode == "constant_norm_rescale":
-        scale = x.norm(dim=-1, keepdim=True) / sqrt(x.shape[-1])
+        scale = (x.norm(dim=-1, keepdim=True) / sqrt(x.shape[-1])).clamp_min(torch.finfo(x.dtype).tiny)
         return x / scale, TokenScaling(scale, None)
     if mode == "layer_norm":
         mean = x.mean(dim=-1, keepdim=True)

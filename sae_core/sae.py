@@ -115,10 +115,14 @@ class SAE(nn.Module, ABC):
 
     def _enter(self, x: Tensor) -> tuple[Tensor, TokenScaling | None]:
         """What the weights see of `x`, and how each token was scaled."""
-        if x.shape[-1] != self.d_in and x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in:
+        heads = self.cfg.reshape_activations == "hook_z"
+        if heads and x.ndim > 1 and x.shape[-1] != self.d_in and x.shape[-2] * x.shape[-1] == self.d_in:
             x = x.flatten(-2)
-        if x.shape[-1] != self.d_in:
-            raise ConfigError(f"activations have shape {list(x.shape)}; accepted: [..., d_in] with d_in {self.d_in}")
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            also = " or [..., n_heads, d_head]" if heads else ""
+            raise ConfigError(
+                f"activations have shape {list(x.shape)}; accepted: [..., d_in]{also} with d_in {self.d_in}"
+            )
         return scale_tokens(x.to(self.W_enc.dtype), self.cfg.normalize_activations)
 
     def _leave(self, x_hat: Tensor, x: Tensor | None, scaling: TokenScaling | None) -> Tensor:
@@ -183,11 +187,15 @@ class SAE(nn.Module, ABC):
             "b_dec": self.b_dec.double() @ writes.inverse + writes.mean,
         }
         if not self.cfg.apply_b_dec_to_input:
-            weights["b_enc"] = self.b_enc.double() - reads.mean @ W_enc
+            weights |= self._shifted(-(reads.mean @ W_enc))
         if self.cfg.skip:
             W_skip = reads.matrix @ self.W_skip.T.double() @ writes.inverse
             weights |= {"W_skip": W_skip.T, "b_dec": weights["b_dec"] - reads.mean @ W_skip}
         return self.replaced({name: tensor.to(self.W_enc).contiguous() for name, tensor in weights.items()})
+
+    def _shifted(self, shift: Tensor) -> dict[str, Tensor]:
+        """The encoder biases, in float64, with which `shift` [d_sae] is added to (x - b_dec) W_enc."""
+        return {"b_enc": self.b_enc.double() + shift}
 
     def replaced(self, weights: Mapping[str, Tensor] = {}, **config: Any) -> "SAE":
         """A copy with other weights or fields of the configuration."""

@@ -50,6 +50,10 @@ class GatedSAE(TrainableSAE):
         u = self.centre(x) @ self.W_enc
         return torch.relu(u * self.r_mag.exp() + self.b_mag) * (u + self.b_gate > 0)
 
+    def _shifted(self, shift: Tensor) -> dict[str, Tensor]:
+        b_mag = self.b_mag.double() + shift * self.r_mag.double().exp()
+        return {"b_gate": self.b_gate.double() + shift, "b_mag": b_mag}
+
     def accumulate_gradients(
         self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext
     ) -> StepTerms:
