@@ -37,6 +37,33 @@ def accumulate_aux_k(
     return aux_error.square().sum() * (weight / context.batch_tokens)
 
 
+def accumulate_pre_act(
+    sae: TrainableSAE,
+    x_centred: Tensor,
+    threshold: Tensor,
+    coefficient: float,
+    gradients: Gradients,
+    context: StepContext,
+) -> Tensor:
+    """Add the gradients of the loss that lifts dead latents towards their thresholds [d_sae], and return it: the mean
+    over tokens of coefficient * sum over dead i of ReLU(threshold_i - pre_i) * ||W_dec_i||, norms as constants.
+
+    Source: Anthropic, "Circuits Updates - January 2025"; on dead latents alone, as SAELens has it.
+    """
+    dead = context.dead.nonzero().squeeze(1)
+    W_enc_rows, weight = sae.W_enc.T[dead], sae.W_dec[dead].norm(dim=1) * (coefficient / context.batch_tokens)
+    pre = torch.addmm(sae.b_enc[dead], x_centred, W_enc_rows.T)
+    gap = torch.relu(threshold[dead] - pre)
+    d_pre = -(gap > 0).to(gap.dtype) * weight
+    d_bias = d_pre.sum(0)
+    _add_rows(gradients, "W_enc", dead, d_pre.T @ x_centred)
+    _add_rows(gradients, "b_enc", dead, d_bias)
+    _add_rows(gradients, "threshold", dead, -d_bias * (sae.threshold[dead] > 0))
+    if sae.cfg.apply_b_dec_to_input:
+        gradients.add("b_dec", -(d_bias @ W_enc_rows))
+    return (gap.sum(0) * weight).sum()
+
+
 def _add_rows(gradients: Gradients, name: str, rows: Tensor, values: Tensor) -> None:
     """Add to some rows of a gradient that has been added before."""
     if name in gradients.wanted:

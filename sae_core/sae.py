@@ -230,11 +230,12 @@ class StepContext:
     """What a training step tells an architecture. `batch_tokens` is the whole batch's, also for a micro-batch."""
 
     batch_tokens: int
-    coefficient: float  # of the sparsity or auxiliary loss, warm-up applied
+    coefficient: float | Tensor  # of the sparsity or auxiliary loss, warm-up applied; a [] tensor if state sets it
     dead: Tensor | None = None  # [d_sae] bool, None if no latent is dead
     encoder_dtype: torch.dtype = torch.float32
     state: Mapping[str, Tensor] = field(default_factory=dict)  # the architecture's own, see `state_at_start`
     progress: float = 0.0  # share of the run's steps that are done
+    settings: SAESettings | None = None  # the architecture's own, where its loss has more of them than a coefficient
 
 
 @dataclass
@@ -284,7 +285,8 @@ class TrainableSAE(SAE):
 
     @classmethod
     def state_at_start(cls, settings: SAESettings) -> dict[str, Tensor]:
-        """What the architecture keeps from step to step beside weights: float64 tensors by name."""
+        """What the architecture keeps from step to step beside weights: float64 tensors by name. One called
+        `coefficient` is the coefficient of the next step, in place of the settings'."""
         return {}
 
     def whole_batch(self, parts: list[Tensor], context: StepContext) -> Mapping[str, Tensor]:

@@ -153,12 +153,17 @@ class SAETrainer:
     def _context(self, n_tokens: int) -> StepContext:
         return StepContext(
             batch_tokens=n_tokens,
-            coefficient=self.settings.coefficient_at(self.steps_done),
+            coefficient=self._coefficient(),
             dead=self._dead(),
             encoder_dtype=getattr(torch, self.training.encoder_dtype),
             state=self._state,
             progress=self.steps_done / self.training.steps,
+            settings=self.settings,
         )
+
+    def _coefficient(self) -> float | Tensor:
+        set_by_state = self._state.get("coefficient")
+        return self.settings.coefficient_at(self.steps_done) if set_by_state is None else set_by_state
 
     def _dead(self) -> Tensor | None:
         """[d_sae] bool for architectures that treat dead latents apart, or None if there are none."""
@@ -205,7 +210,7 @@ class SAETrainer:
         n_tokens: int,
         norm: Tensor,
         lr: float,
-        coefficient: float,
+        coefficient: float | Tensor,
     ) -> dict[str, float]:
         variance = total.square_x / n_tokens - (total.sum_x / n_tokens).square().sum()
         mse = total.raw_squared_error / n_tokens
@@ -218,7 +223,7 @@ class SAETrainer:
             "grad_norm": float(norm),
             "lr": lr,
         }
-        return metrics | self.settings.named_coefficient(coefficient)
+        return metrics | self.settings.named_coefficient(float(coefficient))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as copies with flat names."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_core.architectures.batch_topk import BatchTopKSAE, BatchTopKSettings
 from sae_core.architectures.gated import GatedSAE, GatedSettings
+from sae_core.architectures.jumprelu import JumpReLUSAE, JumpReLUSettings
 from sae_core.architectures.standard import StandardSAE, StandardSettings
 from sae_core.architectures.topk import TopKSAE, TopKSettings
 from sae_core.errors import ConfigError
@@ -19,6 +20,7 @@ ARCHITECTURES: dict[str, type[TrainableSAE]] = {
     "gated": GatedSAE,
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
+    "jumprelu": JumpReLUSAE,
 }
 
 
@@ -46,6 +48,8 @@ __all__ = [
     "BatchTopKSettings",
     "GatedSAE",
     "GatedSettings",
+    "JumpReLUSAE",
+    "JumpReLUSettings",
     "StandardSAE",
     "StandardSettings",
     "TopKSAE",

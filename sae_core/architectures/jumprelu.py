@@ -1,20 +1,202 @@
-"""JumpReLU SAE, for inference: SAELens exports batch TopK and Matryoshka SAEs in this form too.
+"""JumpReLU SAE: each latent learns the threshold above which it fires. Batch top-k and Matryoshka SAEs are used in
+this form too.
 
-    pre = (x - b_dec) W_enc + b_enc          f = ReLU(pre) where pre > threshold, 0 elsewhere
+    pre   = (x - b_dec) W_enc + b_enc        n_i = ||W_dec_i||
+    f     = pre where pre > max(threshold, 0), 0 elsewhere
+    x_hat = f W_dec + b_dec
+    loss  = mean over tokens of  ||x_hat - x||^2 + l0 * sparsity + pre_act * dead
+    sparsity = sum_i H(pre_i - threshold_i)    "step", the number of active latents
+             = sum_i tanh(c f_i n_i)           "tanh"
+    dead     = sum over dead i of ReLU(threshold_i - pre_i) n_i
 
-Source: Rajamanoharan et al., "Jumping Ahead", arXiv 2407.14435, eq. 3.
+H and f jump at the threshold. Their derivatives there are estimated from the pairs within a rectangle around it
+(straight-through), of width `bandwidth` in the length n_i pre_i that a latent adds:
+
+    dH / d threshold_i = -K_i      df / d threshold_i = -threshold_i K_i
+    K_i = (n_i / bandwidth) [n_i |pre_i - threshold_i| < bandwidth / 2]
+
+and, with `ste_to_input`, the same with the other sign for pre_i, on top of df / d pre_i = H. Norms are constants in K
+and in the loss on dead latents: they only say how wide a rectangle or how long a way is. So no gradient depends on how
+a latent's strength is shared between encoder and decoder, nothing drives decoder norms, and they fold exactly.
+
+With `target_l0` a controller sets the coefficient l0 while training runs, see `next_state`.
+
+Sources: Rajamanoharan et al., "Jumping Ahead", arXiv 2407.14435, eqs. 3, 9 and 11 to 13 (step, the estimators);
+Anthropic, "Circuits Updates - January 2025" (tanh, the loss on dead latents, the estimator's gradient to all weights).
+Gemma Scope 2 reaches an L0 with the penalty (2 / T) (L0 - T)^2; its strength there still has to be tuned.
 """
 
+from collections.abc import Mapping
+from math import log
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from sae_core.dead import accumulate_pre_act
 from sae_core.functional import jumprelu
-from sae_core.sae import SAE
+from sae_core.kernels import Above, batch_top_threshold, encode
+from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
+from sae_core.schedules import warm_up
+from sae_core.settings import SAESettings
+
+DESCENT = 0.3  # share of the run over which the wanted L0 falls from that of the start to the target
+FREEZE = 0.8  # share of the run after which the coefficient stays
+SMOOTHING = 0.1  # of a new batch's L0 in the running one
+COEFFICIENT_AT_START = 0.1
+GAIN = 2.0  # of the coefficient's logarithm for the logarithm of L0 / wanted L0
+INTEGRAL_GAIN = 20.0  # the same, summed over the whole run
+TOKENS_AT_ONCE = 4096
+# The factor on thresholds is set this share below the last active pair, which rounding could move below it otherwise.
+BELOW = 1e-5
 
 
-class JumpReLUSAE(SAE):
+class JumpReLUSettings(SAESettings):
+    """Exactly one of `l0_coefficient` and `target_l0`. Lengths (bandwidth, threshold_at_start) are in normalised units:
+    of activations of mean norm sqrt(d_in)."""
+
+    architecture: Literal["jumprelu"] = "jumprelu"
+    l0_coefficient: float | None = Field(default=None, gt=0)
+    l0_warm_up_steps: int = Field(default=0, ge=0)
+    target_l0: float | None = Field(default=None, gt=0)
+    sparsity: Literal["step", "tanh"] = "step"
+    bandwidth: float = Field(default=1.0, gt=0)
+    threshold_at_start: float = Field(default=1.0, ge=0)
+    tanh_scale: float = Field(default=4.0, gt=0)
+    pre_act_coefficient: float = Field(default=0.0, ge=0)
+    ste_to_input: bool = False
+    skip: bool = False
+
+    def coefficient_at(self, step: int) -> float:
+        if self.l0_coefficient is None:
+            raise TypeError("with target_l0 the coefficient is part of the training state")
+        return self.l0_coefficient * warm_up(step, self.l0_warm_up_steps)
+
+    def named_coefficient(self, coefficient: float) -> dict[str, float]:
+        return {"l0_coefficient": coefficient}
+
+    def config_fields(self) -> dict[str, Any]:
+        return {"skip": self.skip}
+
+    @model_validator(mode="after")
+    def check_sparsity(self) -> "JumpReLUSettings":
+        if (self.l0_coefficient is None) == (self.target_l0 is None):
+            given = f"l0_coefficient is {self.l0_coefficient} and target_l0 is {self.target_l0}"
+            raise ValueError(f"{given}: exactly one of the two is accepted")
+        if self.target_l0 is not None and self.target_l0 > self.d_sae:
+            raise ValueError(f"target_l0 is {self.target_l0:g}: accepted is at most d_sae ({self.d_sae})")
+        if self.target_l0 is not None and self.l0_warm_up_steps:
+            raise ValueError(f"l0_warm_up_steps is {self.l0_warm_up_steps}: accepted with l0_coefficient only")
+        return self
+
+
+class JumpReLUSAE(TrainableSAE):
+    settings_type = JumpReLUSettings
+    decoder_norm_at_start = 1.0
+    revives_dead = True
+    can_transcode = True
     encoder_biases = ("b_enc", "threshold")
     b_enc: Tensor
     threshold: Tensor
 
     def _encode(self, x: Tensor) -> Tensor:
         return jumprelu(self.centre(x) @ self.W_enc + self.b_enc, self.threshold)
+
+    @classmethod
+    def biases_at_start(cls, settings: SAESettings) -> dict[str, float]:
+        return {"threshold": cast(JumpReLUSettings, settings).threshold_at_start / cls.decoder_norm_at_start}
+
+    def accumulate_gradients(
+        self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext
+    ) -> StepTerms:
+        settings = cast(JumpReLUSettings, context.settings)
+        x_centred = self.centre(x)
+        norms = self.W_dec.norm(dim=1)
+        # Pairs are needed from the lower edge of the rectangle on; what is kept of each is its height above that edge.
+        half = settings.bandwidth / 2 / norms.clamp_min(1e-12)
+        threshold = self.threshold.clamp_min(0)
+        bias = self.b_enc - threshold + half
+        active, height = encode(x_centred, self.W_enc, bias, Above(), context.encoder_dtype)
+        excess = active.shift(height, -half)  # of pre over the threshold
+        on = excess > 0
+        f = active.shift(excess, threshold) * on
+        in_band = (height > 0) & (active.shift(excess, -half) < 0)
+        error = self.error(active, f, x, target)
+
+        d_x_hat = error * (2 / context.batch_tokens)
+        l0 = context.coefficient / context.batch_tokens
+        kernel = 0.5 / half
+        d_f = active.row_dots(d_x_hat, self.W_dec)
+        d_W_dec = active.latent_sums(f, d_x_hat)
+        if settings.sparsity == "step":
+            fired = active.per_latent(on.to(f.dtype))
+            sparsity = fired.sum()
+            d_jump = active.shift(active.scale(d_f, threshold * kernel), l0 * kernel)
+        else:
+            squashed = torch.tanh(active.scale(f, settings.tanh_scale * norms))
+            slope = (1 - squashed.square()) * (settings.tanh_scale * l0)
+            d_f = d_f + active.scale(slope, norms)
+            d_norms = active.per_latent(slope * f) / norms.clamp_min(1e-12)
+            d_W_dec.addcmul_(self.W_dec, d_norms[:, None])
+            fired = active.per_latent(on.to(f.dtype))
+            sparsity = squashed.sum()
+            d_jump = active.scale(d_f, threshold * kernel)
+        d_jump = d_jump * in_band
+        d_pre = d_f * on + d_jump if settings.ste_to_input else d_f * on
+        gradients.add("W_dec", d_W_dec)
+        self.add_output_gradients(gradients, d_x_hat, x)
+        gradients.add("b_enc", self.add_encoder_gradients(gradients, active, d_pre, x_centred))
+        gradients.add("threshold", -active.per_latent(d_jump))
+
+        loss = error.square().sum() / context.batch_tokens + l0 * sparsity
+        if context.dead is not None and (pre_act := settings.pre_act_coefficient) > 0:
+            loss = loss + accumulate_pre_act(self, x_centred, threshold, pre_act, gradients, context)
+        return StepTerms(loss, error, fired)
+
+    # ---- the controller of target_l0 ----
+
+    @classmethod
+    def state_at_start(cls, settings: SAESettings) -> dict[str, Tensor]:
+        target = cast(JumpReLUSettings, settings).target_l0
+        if target is None:
+            return {}
+        values = {"coefficient": COEFFICIENT_AT_START, "integral": log(COEFFICIENT_AT_START), "l0": 0.0,
+                  "l0_at_start": 0.0, "progress": 0.0, "target_l0": target}  # fmt: skip
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+    def next_state(
+        self, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], fired: Tensor, context: StepContext
+    ) -> dict[str, Tensor]:
+        if not state or context.progress >= FREEZE:
+            return dict(state)
+        l0 = (fired.double().sum() / context.batch_tokens).clamp_min(1e-3)
+        first = state["l0"] == 0
+        running = torch.where(first, l0, state["l0"] + SMOOTHING * (l0 - state["l0"]))
+        at_start = torch.where(first, l0, state["l0_at_start"])
+        share = min(context.progress / DESCENT, 1.0)
+        wanted = (1 - share) * at_start.log() + share * state["target_l0"].log()
+        surplus = running.log() - wanted
+        integral = state["integral"] + INTEGRAL_GAIN * (context.progress - state["progress"]) * surplus
+        return {
+            **state,
+            "coefficient": (integral + GAIN * surplus).exp(),
+            "integral": integral,
+            "l0": running,
+            "l0_at_start": at_start,
+            "progress": torch.full_like(l0, context.progress),
+        }
+
+    @torch.no_grad()
+    def for_use(self, state: Mapping[str, Tensor], tokens: Tensor | None) -> SAE:
+        """With `target_l0`, thresholds are calibrated on training tokens when a checkpoint is saved: all are multiplied
+        by the one factor at which the mean L0 over `tokens` is the target. Else, and without tokens, they stay."""
+        threshold = self.threshold.clamp_min(0)
+        if "target_l0" in state and tokens is not None:
+            # a pair is active where pre / threshold is above the factor
+            inverse = 1 / threshold.clamp_min(1e-12)
+            parts = [self.centre(part) for part in tokens.split(TOKENS_AT_ONCE)]
+            n_active = round(float(state["target_l0"]) * len(tokens))
+            factor = batch_top_threshold(parts, self.W_enc * inverse, self.b_enc * inverse, n_active)
+            threshold = threshold * factor * (1 - BELOW)
+        return self.replaced({"threshold": threshold})

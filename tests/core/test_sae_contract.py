@@ -57,7 +57,7 @@ def test_start_depends_on_the_seed_alone(settings, training, data):
 def test_metrics_are_finite_and_named(trainer, data):
     metrics = trainer.train_step(data.batch(0), want_metrics=True)
     names = {"loss", "mse", "l0", "explained_variance", "dead_fraction", "grad_norm", "lr"}
-    extra = {"l1_coefficient"} if hasattr(trainer.settings, "l1_coefficient") else set()
+    extra = {name for name in ("l1_coefficient", "l0_coefficient") if hasattr(trainer.settings, name)}
     assert metrics.keys() == names | extra
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
     assert metrics["grad_norm"] > 0
@@ -261,6 +261,7 @@ RECOVERY = {
     "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 4.0, "l1_warm_up_steps": 300},
     "topk": {"architecture": "topk", "d_sae": 40, "k": 3},
     "batch_topk": {"architecture": "batch_topk", "d_sae": 40, "k": 2},
+    "jumprelu": {"architecture": "jumprelu", "d_sae": 40, "target_l0": 2},
 }
 
 
