@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 from penstock.activations import from_wire
 from penstock.identity import check_code
 from penstock.model_host import ModelHost
+from penstock.sites import Site
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.storage import Storage
@@ -55,7 +56,7 @@ class HostActor:
         return True
 
     def harvest(self, tokens_id: str, calibration_folder: str, block: int, hook_points: Sequence[str]) -> Any:
-        """The block at each hook point, one return value each, and a `BlockInfo` last."""
+        """The arrays of the block by these names, one return value each, and a `BlockInfo` last."""
         started, passes = time.perf_counter(), self._host.forward_passes
         arrays = self._host.harvest(self._store(tokens_id), self._config.data, block, hook_points)
         if block == 0:
@@ -65,16 +66,19 @@ class HostActor:
         return *(arrays[name] for name in hook_points), info
 
     def evaluate(
-        self, tokens_id: str, hook_point: str, subjects: Sequence[Subject], split: Split, start_row: int, stop_row: int
+        self, tokens_id: str, site: Site, subjects: Sequence[Subject], split: Split, start_row: int, stop_row: int
     ) -> dict[str, EvaluationSums]:
-        """Sums over a slice of a split, for SAEs and baselines of one hook point."""
+        """Sums over a slice of a split, for SAEs and baselines of one site."""
         for subject in subjects:
             if subject not in self._subjects:
                 self._subjects[subject] = load_subject(subject, self._config.storage)
-        return self._host.evaluate(
-            self._store(tokens_id), self._config.data, hook_point,
-            {subject.name: self._subjects[subject] for subject in subjects}, split, start_row, stop_row,
-        )  # fmt: skip
+        saes, bases = (
+            {subject.name: self._subjects[subject] for subject in subjects if (subject.basis is not None) == is_basis}
+            for is_basis in (False, True)
+        )
+        return self._host.evaluate_site(
+            self._store(tokens_id), self._config.data, site, saes, bases, split, start_row, stop_row
+        )
 
     def _store(self, tokens_id: str) -> TokenStore:
         if tokens_id not in self._stores:
@@ -82,12 +86,12 @@ class HostActor:
         return self._stores[tokens_id]
 
     def _calibrate(self, arrays: Mapping[str, np.ndarray], folder: str) -> None:
-        """Once a hook point, from block 0, stored by content: every pack uses the same numbers, early or late."""
-        for hook_point, array in arrays.items():
-            name = f"{folder}/{hook_point}.safetensors"
-            if not self._config.storage.exists(name):
+        """Once an array, from block 0, stored by content: every pack uses the same numbers, early or late."""
+        for name, array in arrays.items():
+            file = f"{folder}/{name}.safetensors"
+            if not self._config.storage.exists(file):
                 calibration = calibrate(from_wire(array, self._config.model.dtype))
-                self._config.storage.write(name, save_tensors(calibration.to_tensors()))
+                self._config.storage.write(file, save_tensors(calibration.to_tensors()))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from penstock.home import Home
 if TYPE_CHECKING:
     import pandas as pd
 
-JSON_KEYS = ("sae_id", "hook_point", "architecture", "d_sae", "l0", "ce_recovered", "kl_recovered",
+JSON_KEYS = ("sae_id", "hook_point", "architecture", "d_sae", "prefix", "l0", "ce_recovered", "kl_recovered",
              "explained_variance", "dead_fraction", "on_front", "status", "run_id")  # fmt: skip
 _ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_band(front, "only SAEs with an L0 in this band, and the front among them")
     front.add_argument("--json", action="store_true", help="print a list with one object an SAE")
 
-    pull = command("pull", _pull, "fetch the SAE with the highest CE recovered at a hook point")
+    pull = command("pull", _pull, "fetch the SAE with the highest CE recovered at a hook point, or one by its id")
     pull.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
-    pull.add_argument("--hook-point", metavar="H", required=True, help="the hook point it belongs to")
+    which = pull.add_mutually_exclusive_group(required=True)
+    which.add_argument("--hook-point", metavar="H", help="the best of this hook point")
+    which.add_argument("--sae", metavar="ID", help="this one: an id or the beginning of one, ID[WIDTH] for a prefix")
     pull.add_argument("--architecture", metavar="A", help="only this architecture")
     _add_band(pull, "pick from this band of L0 (else the spec's)")
     pull.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
@@ -200,11 +202,13 @@ def _front(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def _pull(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.pareto import key_of, kind_of
     from penstock.pull import PROVENANCE, pull
 
     folder = pull(
         arguments.sweep,
         hook_point=arguments.hook_point,
+        sae=arguments.sae,
         architecture=arguments.architecture,
         l0=arguments.l0,
         to=arguments.to,
@@ -212,8 +216,8 @@ def _pull(arguments: argparse.Namespace, home: Home) -> int:
     )
     picked = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     print(
-        f"{folder}: {picked['architecture']} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "
-        f"CE recovered {picked['ce_recovered']:.4f} (SAE {picked['sae_id']})\n"
+        f"{folder}: {kind_of(picked)} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "
+        f"CE recovered {_figure(picked.get('ce_recovered'), 4)} (SAE {key_of(picked)})\n"
         f"load it with: from sae_core import SAE; sae = SAE.load({str(folder)!r})"
     )
     return 0
@@ -311,8 +315,9 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 def front_json(table: "pd.DataFrame") -> str:
     """A list with one object an SAE, with `JSON_KEYS`; null where a figure is missing."""
-    records = [{key: _plain(record[key]) for key in JSON_KEYS} for record in table.to_dict("records")]
-    return json.dumps([record | {"d_sae": _whole(record["d_sae"])} for record in records], indent=1)
+    records = [{key: _plain(record.get(key)) for key in JSON_KEYS} for record in table.to_dict("records")]
+    whole = ("d_sae", "prefix")
+    return json.dumps([record | {key: _whole(record[key]) for key in whole} for record in records], indent=1)
 
 
 def format_front(table: "pd.DataFrame") -> str:
@@ -347,19 +352,21 @@ _SPARSITY = ("k", "l1_coefficient", "target_l0", "l0_coefficient")
 
 def _varying_settings(table: "pd.DataFrame") -> list[str]:
     columns = list(table.columns)
-    known = {"sae_id", "hook_point", "architecture", "d_sae", *_SPARSITY}
+    known = {"sae_id", "hook_point", "architecture", "d_sae", "prefix", *_SPARSITY}
     candidates = [name for name in columns[: columns.index("l0")] if name not in known]
     return [name for name in candidates if table[name].astype(str).nunique() > 1]
 
 
 def _front_row(record: dict[str, Any], settings: Sequence[str], statuses: Sequence[str]) -> list[str]:
+    from penstock.pareto import key_of, kind_of
+
     sparsity = [f"{name}={_number(record[name])}" for name in _SPARSITY if _plain(record.get(name)) is not None]
     figures = [_figure(record["l0"], 2)]
     figures += [_figure(record[name], 4) for name in ("ce_recovered", "kl_recovered", "explained_variance")]
     return [
-        "*" if record["on_front"] else "", str(record["architecture"]), _number(record["d_sae"]), " ".join(sparsity),
+        "*" if record["on_front"] else "", kind_of(record), _number(record["d_sae"]), " ".join(sparsity),
         *[_number(record[name]) for name in settings], *figures, _figure(record["dead_fraction"], 3),
-        *[str(record[name]) for name in statuses], str(record["sae_id"]),
+        *[str(record[name]) for name in statuses], key_of(record),
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Evaluating a sweep: every SAE and baseline on the same report tokens, by whichever model hosts are there.
 
-The work is cut into slices of rows, each for all SAEs of a hook point, so that the passes they share are made once, and
-no slice keeps a host for longer than a block does.
+The work is cut into slices of rows, each for all SAEs of a site, so that the passes they share are made once, and no
+slice keeps a host for longer than a block does.
 """
 
 import time
@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from penstock.errors import SweepError, UserError
+from penstock.pareto import sae_key
+from penstock.plan import PlannedSAE
 from penstock.resolved import ResolvedSweep
+from penstock.sites import Site
 from penstock.subjects import BASES, Subject
 
 STATUS_SECONDS = 10.0
@@ -21,9 +24,9 @@ TRIES_PER_HOST = 3
 
 @dataclass
 class _Round:
-    """The evaluation of one hook point: how many slices are still out, and the sums so far."""
+    """The evaluation of one site: how many slices are still out, and the sums so far."""
 
-    hook_point: str
+    site: Site
     subjects: tuple[Subject, ...]
     left: int
     sums: dict[str, Any] = field(default_factory=dict)
@@ -36,21 +39,32 @@ class _Slice:
     stop_row: int
 
 
-def figures_file(sweep: ResolvedSweep, subject: Subject, hook_point: str) -> str:
+def figures_file(sweep: ResolvedSweep, subject: Subject, site: Site) -> str:
     """Where the figures of a subject lie under the sweep's protocol."""
     if subject.basis is None:
-        return f"saes/{subject.name}/evaluation-{sweep.protocol_id}.json"
-    return f"{sweep.calibration_folder}/{hook_point}/{subject.name}-{sweep.protocol_id}.json"
+        prefix = "" if subject.prefix is None else f"-prefix-{subject.prefix}"
+        return f"{subject.source.removesuffix('/final')}/evaluation-{sweep.protocol_id}{prefix}.json"
+    place = "+".join(site.hook_points)
+    return f"{sweep.calibration_folder}/{place}/{subject.name}-{sweep.protocol_id}.json"
 
 
-def bases(sweep: ResolvedSweep, hook_point: str) -> list[Subject]:
-    """The baselines that need no training: the top k neurons and principal components."""
-    source = sweep.calibration_file(hook_point)
+def of_sae(sae: PlannedSAE, prefix: int | None = None) -> Subject:
+    """A finished SAE, or the first latents of it."""
+    return Subject(sae_key(sae.sae_id, prefix), f"saes/{sae.sae_id}/final", prefix=prefix)
+
+
+def bases(sweep: ResolvedSweep, site: Site) -> list[Subject]:
+    """The baselines that need no training: the top k neurons and principal components.
+
+    At a transcoder's site they are bases of what is written, so that they know what a transcoder has to predict: there
+    they show what k coefficients can reach at most, rather than what has to be beaten.
+    """
+    source = sweep.calibration_file(site.array(site.writes, sweep.spec.data.exclude.norm_over_median))
     return [
         Subject(f"{basis}-{k}", source, basis, k)
         for basis in BASES
         for k in sweep.spec.baselines.k
-        if k <= sweep.model.hook_points[hook_point]
+        if k <= sweep.model.hook_points[site.writes]
     ]
 
 
@@ -75,9 +89,7 @@ def evaluate_on_hosts(sweep: ResolvedSweep, hosts: Sequence[Any], say: Callable[
         while todo and idle:
             host, part = idle.pop(), todo.pop(0)
             rows = part.start_row, part.stop_row
-            reference = host.evaluate.remote(
-                sweep.store.id, part.round.hook_point, part.round.subjects, "report", *rows
-            )
+            reference = host.evaluate.remote(sweep.store.id, part.round.site, part.round.subjects, "report", *rows)
             asked[reference] = host, part
         finished, _ = ray.wait(list(asked), timeout=1.0)
         for reference in finished:
@@ -104,15 +116,16 @@ def evaluate_on_hosts(sweep: ResolvedSweep, hosts: Sequence[Any], say: Callable[
 
 def _slices(sweep: ResolvedSweep) -> list[_Slice]:
     rows, slices = _report_rows(sweep), []
-    for hook_point in sweep.spec.hook_points:
-        trained = [sae for sae in sweep.saes if sae.hook_point == hook_point and sweep.is_finished(sae)]
-        subjects = [Subject(sae.sae_id, f"saes/{sae.sae_id}/final") for sae in trained] + bases(sweep, hook_point)
-        new = tuple(one for one in subjects if not sweep.storage.exists(figures_file(sweep, one, hook_point)))
+    for site in sweep.spec.sites:
+        trained = [sae for sae in sweep.saes if sae.site == site and sweep.is_finished(sae)]
+        subjects = [of_sae(sae, prefix) for sae in trained for prefix in (None, *sae.prefix_widths)]
+        subjects += bases(sweep, site)
+        new = tuple(one for one in subjects if not sweep.storage.exists(figures_file(sweep, one, site)))
         if new:
             # As long as harvesting a block, so that neither kind of work starves the other.
             length = max(sweep.spec.model.harvest_rows, sweep.spec.data.block_rows // len(new))
             starts = range(0, rows, length)
-            one = _Round(hook_point, new, len(starts))
+            one = _Round(site, new, len(starts))
             slices += [_Slice(one, start, min(start + length, rows)) for start in starts]
     return slices
 
@@ -136,5 +149,5 @@ def _add(sweep: ResolvedSweep, one: _Round, sums: Mapping[str, Any]) -> int:
         metrics = one.sums[subject.name].metrics()
         tokens += int(metrics["n_tokens"])
         record = {"protocol": sweep.protocol, "metrics": metrics}
-        sweep.storage.write_json(figures_file(sweep, subject, one.hook_point), record)
+        sweep.storage.write_json(figures_file(sweep, subject, one.site), record)
     return tokens

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penstock.activations import from_wire, wire_dtype
 from penstock.errors import ModelError
 from penstock.models import load_model
-from penstock.sites import parse_array
+from penstock.sites import Site, parse_array
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
 from penstock.tokens import TokenStore, row_generator
@@ -192,6 +192,19 @@ class ModelHost:
             )
             if sums is not None:
                 return sums
+
+    def evaluate_site(
+        self, store: TokenStore, data: DataSpec, site: Site, saes: Mapping[str, nn.Module],
+        bases: Mapping[str, nn.Module], split: Split, start_row: int, stop_row: int,
+    ) -> "dict[str, EvaluationSums]":  # fmt: skip
+        """The sums of the SAEs of a site and of bases of what is written there, on the same tokens."""
+        rows = (split, start_row, stop_row)
+        if not site.is_transcoder:
+            return self.evaluate(store, data, site.reads, {**saes, **bases}, *rows)
+        sums = self.evaluate(store, data, site.reads, saes, *rows, writes=site.writes) if saes else {}
+        if bases:
+            sums |= self.evaluate(store, data, site.writes, bases, *rows, tokens_of=site.hook_points)
+        return sums
 
     def _without_outliers(
         self, store: TokenStore, data: DataSpec, hook_point: str, rows: np.ndarray, kept: np.ndarray

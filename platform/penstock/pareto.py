@@ -1,16 +1,69 @@
 """The Pareto front and what is picked from it: pure functions on a sweep's table, one row an SAE.
 
 A table needs the columns `hook_point`, `l0` and `ce_recovered`; where there are `status` and `architecture`, they are
-heeded.
+heeded. A row with a `prefix` stands for an SAE's first latents, an SAE of its own: its `sae_id` is the whole one's.
 """
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from penstock.errors import SweepError
+from penstock.sites import ARROW
 
 Band = tuple[float, float]
 _NOT_USABLE = ("diverged", "failed")
+
+
+def sae_key(sae_id: str, prefix: float | None) -> str:
+    """What commands and pages call an SAE: its id, or `ID[WIDTH]` for a prefix of it."""
+    return sae_id if prefix is None or math.isnan(prefix) else f"{sae_id}[{int(prefix)}]"
+
+
+def key_of(record: Mapping[str, Any]) -> str:
+    """The `sae_key` of a table's row."""
+    return sae_key(str(record["sae_id"]), record.get("prefix"))
+
+
+def kind_of(record: Mapping[str, Any]) -> str:
+    """The architecture of a table's row, a prefix's with its width: `matryoshka[256]`."""
+    return sae_key(str(record["architecture"]), record.get("prefix"))
+
+
+def resolve_hook_point(table: pd.DataFrame, given: str) -> str:
+    """The table's hook point that is meant: by its label, or for a transcoder's by what it reads. Raises `SweepError`,
+    saying what there is, for none or several."""
+    labels = sorted(table["hook_point"].dropna().unique())
+    meant = [given] if given in labels else [label for label in labels if label.split(ARROW)[0] == given]
+    if len(meant) != 1:
+        if meant:
+            raise SweepError(f"hook point {given!r} is read at several sites: {', '.join(meant)}")
+        raise SweepError(f"no hook point {given!r} in this sweep; it has {', '.join(labels) or 'none'}")
+    return meant[0]
+
+
+def find_sae(table: pd.DataFrame, asked: str) -> pd.Series:
+    """The row of an SAE by its id or the beginning of it, of a prefix by `ID[WIDTH]`. Raises `SweepError`, saying what
+    there is, for none or several."""
+    parts = re.fullmatch(r"([^\[\]]+)(?:\[([0-9]+)\])?", asked.strip())
+    ids = sorted(set(table["sae_id"]))
+    name = parts[1] if parts else ""
+    meant = [name] if name in ids else [sae_id for sae_id in ids if name and sae_id.startswith(name)]
+    if len(meant) != 1:
+        shown = ", ".join((meant or ids)[:5]) + (f" and {len(meant or ids) - 5} more" if len(meant or ids) > 5 else "")
+        if meant:
+            raise SweepError(f"SAE {asked!r} is the beginning of several: {shown}")
+        raise SweepError(f"no SAE {asked!r} in this sweep; it has {shown or 'none'}")
+    rows = table[table["sae_id"] == meant[0]]
+    keys = [key_of(record) for record in rows.to_dict("records")]
+    wanted = sae_key(meant[0], float(parts[2]) if parts and parts[2] else None)
+    if wanted not in keys:
+        raise SweepError(f"SAE {asked!r}: there is {', '.join(keys)}")
+    return rows.iloc[keys.index(wanted)]
 
 
 def in_band(table: pd.DataFrame, l0_band: Band | None) -> pd.Series:
@@ -68,19 +121,20 @@ def select(
     It lies on the front of what was asked for; of equals, the one with the lowest L0. Raises `SweepError`, saying what
     there is, when nothing fits.
     """
-    at_hook = _matching(table, "hook_point", hook_point)
-    rows = at_hook if architecture is None else _matching(at_hook, "architecture", architecture)
+    hook_point = resolve_hook_point(table, hook_point)
+    at_hook = table[table["hook_point"] == hook_point]
+    rows = at_hook if architecture is None else _of_architecture(at_hook, architecture)
     front = rows[pareto_front(rows, l0_band)]
     if front.empty:
         raise SweepError(_nothing_fits(rows, hook_point, architecture, l0_band))
     return front.sort_values(["ce_recovered", "l0"], ascending=[False, True], kind="stable").iloc[0]
 
 
-def _matching(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
-    rows = table[table[column] == value]
+def _of_architecture(table: pd.DataFrame, architecture: str) -> pd.DataFrame:
+    rows = table[table["architecture"] == architecture]
     if rows.empty:
-        known = ", ".join(sorted(table[column].dropna().unique())) or "none"
-        raise SweepError(f"no SAE with {column} {value!r} in this sweep; it has {known}")
+        known = ", ".join(sorted(table["architecture"].dropna().unique())) or "none"
+        raise SweepError(f"no SAE with architecture {architecture!r} in this sweep; it has {known}")
     return rows
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
-from penstock.pareto import Band, by_hook_point, in_band, mark_front, select
+from penstock.pareto import Band, by_hook_point, find_sae, in_band, key_of, mark_front, resolve_hook_point, select
 from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep, sweep_table
 
 if TYPE_CHECKING:
@@ -32,16 +32,14 @@ def front(
 ) -> pd.DataFrame:
     """Every SAE of a sweep, one row each, by hook point and L0; `on_front` says which of them no other beats.
 
-    `sweep` is a name (its latest run) or an id. With a band `l0` only SAEs inside it are listed, and the front is the
-    one among them; without, it is the one in the spec's band. Raises `SweepError` for a sweep or hook point that is not
-    there.
+    `sweep` is a name (its latest run) or an id, `hook_point` a hook point as the table has it (`READS -> WRITES` for
+    transcoders, or what they read alone). An SAE's prefixes have rows of their own, with a `prefix`. With a band `l0`
+    only SAEs inside it are listed, and the front is the one among them; without, it is the one in the spec's band.
+    Raises `SweepError` for a sweep or hook point that is not there.
     """
     table = sweep_table(_home(home), sweep)
     if hook_point is not None:
-        known = sorted(table["hook_point"].unique())
-        if hook_point not in known:
-            raise SweepError(f"no hook point {hook_point!r} in sweep {sweep!r}; it has {', '.join(known)}")
-        table = table[table["hook_point"] == hook_point]
+        table = table[table["hook_point"] == resolve_hook_point(table, hook_point)]
     if l0 is not None:
         table = mark_front(table[in_band(table, l0)], l0)
     return by_hook_point(table)
@@ -50,14 +48,16 @@ def front(
 def load_sae(
     sweep: str,
     *,
-    hook_point: str,
+    hook_point: str | None = None,
+    sae: str | None = None,
     architecture: str | None = None,
     l0: Band | None = None,
     home: str | Home | None = None,
 ) -> "SAE":
-    """The SAE with the highest CE recovered at a hook point (see `pull`), ready to `encode` and `decode`."""
+    """The SAE with the highest CE recovered at a hook point, or the one named (see `pull`), ready to `encode` and
+    `decode`."""
     where = _home(home)
-    _, row = _pick(where, sweep, hook_point, architecture, l0)
+    _, row = _pick(where, sweep, hook_point, sae, architecture, l0)
     with tempfile.TemporaryDirectory() as folder:
         return _fetch(where, row, Path(folder))[1]
 
@@ -65,24 +65,27 @@ def load_sae(
 def pull(
     sweep: str,
     *,
-    hook_point: str,
     to: str | Path,
+    hook_point: str | None = None,
+    sae: str | None = None,
     architecture: str | None = None,
     l0: Band | None = None,
     home: str | Home | None = None,
 ) -> Path:
-    """Put the SAE with the highest CE recovered at a hook point into the folder `to`, and return that folder.
+    """Put the SAE with the highest CE recovered at a hook point, or the one that `sae` names, into the folder `to`, and
+    return that folder.
 
-    `l0` is the band to pick from, the spec's unless given. The folder holds cfg.json, sae_weights.safetensors and
-    sparsity.safetensors, which `sae_core.SAE.load` and `sae_lens` read, and penstock.json, which says where it comes
-    from. An SAE pulled there earlier is replaced; a folder with anything else in it is refused. Raises `SweepError`.
+    `sae` is an id or the beginning of one, `ID[WIDTH]` for a prefix. `l0` is the band to pick from, the spec's unless
+    given. The folder holds cfg.json, sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load` and
+    `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled there earlier is replaced; a
+    folder with anything else in it is refused. Raises `SweepError`.
     """
     folder = Path(to)
     if not str(to):
         raise SweepError("cannot pull to '': name a folder")
     _check_target(folder)
     where = _home(home)
-    runs, row = _pick(where, sweep, hook_point, architecture, l0)
+    runs, row = _pick(where, sweep, hook_point, sae, architecture, l0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,15 +111,27 @@ def _home(home: str | Home | None) -> Home:
 
 
 def _pick(
-    home: Home, sweep: str, hook_point: str, architecture: str | None, l0: Band | None
+    home: Home, sweep: str, hook_point: str | None, sae: str | None, architecture: str | None, l0: Band | None
 ) -> tuple[SweepRuns, pd.Series]:
+    if (hook_point is None) == (sae is None) or (sae is not None and (architecture is not None or l0 is not None)):
+        raise SweepError(
+            f"hook_point {hook_point!r}, sae {sae!r}: accepted is a hook point to pick from (architecture and l0 "
+            "narrow it down), or an SAE alone"
+        )
     runs = find_sweep(home, sweep)
-    return runs, select(sweep_table(home, runs), hook_point, architecture, l0 or runs.l0_band)
+    table = sweep_table(home, runs)
+    if sae is None:
+        return runs, select(table, str(hook_point), architecture, l0 or runs.l0_band)
+    row = find_sae(table, sae)
+    if row["status"] != "finished":
+        raise SweepError(f"SAE {key_of(row)} is {row['status']}: only what is finished can be fetched")
+    return runs, row
 
 
 def _fetch(home: Home, row: pd.Series, to: Path) -> tuple[Path, "SAE"]:
     """The checkpoint's folder below `to`, and the SAE in it. Raises `CheckpointError` for one that does not load."""
     from sae_core import SAE
+    from sae_core.checkpoint import load_sparsity
 
     about = f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']})"
     folder = fetch_artifact(home, row["run_id"], SAE_FOLDER, to)
@@ -124,9 +139,15 @@ def _fetch(home: Home, row: pd.Series, to: Path) -> tuple[Path, "SAE"]:
     if folder is None or missing:
         raise CheckpointError(f"{about} lacks {', '.join(missing)}")
     try:
-        return folder, SAE.load(folder)
+        sae, sparsity = SAE.load(folder), load_sparsity(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{about} is damaged: {error}") from None
+    if pd.isna(row["prefix"]):
+        return folder, sae
+    width = int(row["prefix"])
+    sae, of_prefix = sae.prefix(width), to / f"{SAE_FOLDER}-{width}"
+    sae.save(of_prefix, sparsity=None if sparsity is None else sparsity[:width])
+    return of_prefix, sae
 
 
 def _check_target(folder: Path) -> None:
@@ -144,6 +165,8 @@ def _check_target(folder: Path) -> None:
 def _provenance(runs: SweepRuns, row: pd.Series) -> dict[str, Any]:
     settings = {name: _plain(value) for name, value in row.items()}
     leading = {"sweep": runs.name, "sweep_id": runs.sweep_id, "sae_id": row["sae_id"], "run_id": row["run_id"]}
+    if settings.get("prefix") is not None:
+        settings["prefix"] = int(settings["prefix"])
     return leading | {name: value for name, value in settings.items() if value is not None and name not in leading}
 
 

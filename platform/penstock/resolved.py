@@ -93,8 +93,8 @@ class ResolvedSweep:
         model = [self.model.fingerprint, self.spec.model.dtype, self.spec.model.processing]
         return f"calibration/{content_id([model, stream_identity(self.spec.data, self.store.train_id)])}"
 
-    def calibration_file(self, hook_point: str) -> str:
-        return f"{self.calibration_folder}/{hook_point}.safetensors"
+    def calibration_file(self, array: str) -> str:
+        return f"{self.calibration_folder}/{array}.safetensors"
 
     @property
     def attempt_file(self) -> str:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from penstock.evaluation import bases, figures_file
+from penstock.evaluation import bases, figures_file, of_sae
 from penstock.pareto import mark_front
 from penstock.plan import FROZEN_DECODER, PlannedSAE
 from penstock.resolved import ResolvedSweep
-from penstock.subjects import Subject
 
 if TYPE_CHECKING:
     from penstock.tracking import Tracker
@@ -24,21 +23,35 @@ def outcome(sweep: ResolvedSweep, sae: PlannedSAE) -> tuple[str, dict[str, float
     """(status, final figures, why it was stopped) of an SAE."""
     if sweep.is_finished(sae):
         summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
-        figures = sweep.storage.read_json(figures_file(sweep, Subject(sae.sae_id, ""), sae.hook_point))["metrics"]
+        figures = sweep.storage.read_json(figures_file(sweep, of_sae(sae), sae.site))["metrics"]
         # Whether a latent is dead shows over more tokens than the report split has.
         return "finished", figures | {name: summary[name] for name in ("dead_fraction", "dead_over_tokens")}, None
     stopped = sweep.stopped(sae)
     return stopped.get("status", "failed"), {}, stopped.get("reason", "its pack never finished it")
 
 
+def prefix_figures(sweep: ResolvedSweep, sae: PlannedSAE) -> dict[int, dict[str, float]]:
+    """The final figures of a finished SAE's prefixes, by width."""
+    if not sae.prefix_widths or not sweep.is_finished(sae):
+        return {}
+    summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
+    found = {}
+    for width in sae.prefix_widths:
+        figures = sweep.storage.read_json(figures_file(sweep, of_sae(sae, width), sae.site))["metrics"]
+        dead = summary["dead_fraction_of_prefix"][str(width)]
+        found[width] = figures | {"dead_fraction": dead, "dead_over_tokens": summary["dead_over_tokens"]}
+    return found
+
+
 def sae_table(sweep: ResolvedSweep) -> pd.DataFrame:
-    """One row an SAE, baselines left out: its settings, figures, status and whether it is on the front."""
+    """One row an SAE and one a prefix, baselines left out: settings, figures, status, whether it is on the front."""
     rows = []
     for sae in sweep.saes:
         if sae.baseline is None:
-            status, figures, _ = outcome(sweep, sae)
-            rows.append({"sae_id": sae.sae_id, **sae.params, **figures, "status": status})
-    table = pd.DataFrame(rows)
+            status, whole, _ = outcome(sweep, sae)
+            for prefix, figures in {None: whole, **prefix_figures(sweep, sae)}.items():
+                rows.append({"sae_id": sae.sae_id, **sae.params, "prefix": prefix, **figures, "status": status})
+    table = pd.DataFrame(rows).astype({"prefix": float})
     for column in ("l0", "ce_recovered"):
         if column not in table:
             table[column] = float("nan")
@@ -46,12 +59,14 @@ def sae_table(sweep: ResolvedSweep) -> pd.DataFrame:
 
 
 def baseline_table(sweep: ResolvedSweep) -> pd.DataFrame:
-    """One row a baseline: kind, hook_point, k and its figures."""
+    """One row a baseline: kind, hook_point, k and its figures. Bases of what a transcoder writes have kinds of their
+    own, `target_neurons` and `target_pca`."""
     rows = []
-    for hook_point in sweep.spec.hook_points:
-        for basis in bases(sweep, hook_point):
-            figures = sweep.storage.read_json(figures_file(sweep, basis, hook_point))["metrics"]
-            rows.append({"kind": basis.basis, "hook_point": hook_point, "k": basis.k, **figures})
+    for site in sweep.spec.sites:
+        for basis in bases(sweep, site):
+            figures = sweep.storage.read_json(figures_file(sweep, basis, site))["metrics"]
+            kind = f"target_{basis.basis}" if site.is_transcoder else basis.basis
+            rows.append({"kind": kind, "hook_point": site.label, "k": basis.k, **figures})
     for sae in sweep.saes:
         if sae.baseline is not None and sweep.is_finished(sae):
             _, figures, _ = outcome(sweep, sae)
@@ -79,6 +94,8 @@ def report_folder(sweep: ResolvedSweep) -> Path:
 
 def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE) -> None:
     status, figures, reason = outcome(sweep, sae)
+    for width, of_prefix in prefix_figures(sweep, sae).items():
+        figures |= {f"prefix_{width}.{name}": value for name, value in of_prefix.items()}
     if status == "finished":
         files = sweep.storage.read_folder(f"saes/{sae.sae_id}/final")
         history = json.loads(files.pop("summary.json"))["history"]

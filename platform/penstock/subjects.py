@@ -1,4 +1,4 @@
-"""What is evaluated: trained SAEs and the baselines they have to beat, by one protocol on one split."""
+"""What is evaluated: trained SAEs, prefixes of them, and the baselines they have to beat, by one protocol."""
 
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BASES = ("neurons", "pca")
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to evaluate: a finished SAE's folder, or the top k of a basis.
+    """Something to evaluate: a finished SAE's folder, the first `prefix` latents of it, or the top k of a basis.
 
     `source`: the storage folder of an SAE, or of the calibration that a basis is made from.
     """
@@ -25,6 +25,7 @@ class Subject:
     source: str
     basis: str | None = None
     k: int | None = None
+    prefix: int | None = None
 
 
 def load_subject(subject: Subject, storage: Storage) -> nn.Module:
@@ -35,4 +36,5 @@ def load_subject(subject: Subject, storage: Storage) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in storage.read_folder(subject.source).items():
             (Path(folder) / name).write_bytes(data)
-        return SAE.load(folder)
+        sae = SAE.load(folder)
+    return sae if subject.prefix is None else sae.prefix(subject.prefix)

@@ -6,6 +6,7 @@ the hosts evaluate what comes out, and is the only writer to MLflow.
 
 import os
 import pickle
+import shlex
 import socket
 import sys
 import time
@@ -430,7 +431,7 @@ class Driver:
         print(
             "next\n"
             f"  {command} ui{home}\n"
-            f"  {command} pull {self.spec.name} --hook-point {best['hook_point']} --to best-sae{home}\n"
+            f"  {command} pull {self.spec.name} --hook-point {shlex.quote(best['hook_point'])} --to best-sae{home}\n"
             f"  {_command('python')} -c 'import sae_core; print(sae_core.SAE.load(\"best-sae\"))'",
             flush=True,
         )

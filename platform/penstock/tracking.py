@@ -3,7 +3,8 @@
 The driver is the only writer, through one `Tracker`, in batches; everybody else reads (`find_sweep`, `sweep_table`).
 
 - Live curves of a child, against tokens as the step: `train/loss`, `train/l0`, `train/explained_variance`,
-  `train/dead_fraction`. Final figures have plain names: `l0`, `ce_recovered`, `dead_fraction`, ...
+  `train/dead_fraction`. Final figures have plain names: `l0`, `ce_recovered`, `dead_fraction`, ...; those of an SAE's
+  prefixes the width before them: `prefix_256.l0`.
 - Tags of a child: `sae_id`, `hook_point`, `architecture`, `status` (queued, running, finished, diverged, failed,
   stopped), `on_front`, `on_overall_front`, and `baseline` for what is no candidate.
 - A child's `sae/` holds its checkpoint; the parent's artifacts are `spec.yaml`, `front.json`, `baselines.json`, plots.
@@ -16,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ import yaml
 
 from penstock.errors import SweepError
 from penstock.home import Home
-from penstock.pareto import mark_front
+from penstock.pareto import key_of, mark_front
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -292,7 +294,7 @@ class Tracker:
 
     def _tag_front(self, front: pd.DataFrame) -> None:
         marked = {row["sae_id"]: (bool(row.get("on_front")), bool(row.get("on_overall_front")))
-                  for row in front.to_dict("records")}  # fmt: skip
+                  for row in front.to_dict("records") if key_of(row) == row["sae_id"]}  # fmt: skip
         for sae_id, run_id in self._runs.items():
             flags = marked.get(sae_id, (False, False))
             if flags != self._on_front[sae_id]:
@@ -396,22 +398,27 @@ def list_sweeps(home: Home) -> pd.DataFrame:
 
 
 def sweep_table(home: Home, sweep: str | SweepRuns, *, with_baselines: bool = False) -> pd.DataFrame:
-    """One row an SAE: sae_id, hook_point, architecture, d_sae, every other parameter, the final figures (l0,
+    """One row an SAE: sae_id, hook_point, architecture, d_sae, prefix, every other parameter, the final figures (l0,
     ce_recovered, kl_recovered, explained_variance, dead_fraction, ...), on_front, on_overall_front, status, run_id.
+
+    An SAE's prefixes that were evaluated follow it, each in a row with its width as `prefix` (else NaN).
 
     The front is taken in the spec's L0 band, from the figures there are so far: a running sweep has one, too. With
     baselines, there is a column `baseline` and a row for each that was trained.
     """
     runs = sweep if isinstance(sweep, SweepRuns) else find_sweep(home, sweep)
-    rows = [_row(run) for run in runs.children()]
+    rows = [row for run in runs.children() for row in _rows(run)]
     table = pd.DataFrame([row for row in rows if with_baselines or row["baseline"] is None])
-    leading = ["sae_id", "hook_point", "architecture", "d_sae"]
+    leading = ["sae_id", "hook_point", "architecture", "d_sae", "prefix"]
     for column in [*leading, "baseline", *FIGURES, "status", "run_id"]:
         if column not in table:
             table[column] = pd.Series(index=table.index, dtype=float if column in FIGURES else object)
-    candidates = mark_front(table[table["baseline"].isna()], runs.l0_band).set_index("sae_id")
+    table["prefix"] = table["prefix"].astype(float)
+    is_candidate = table["baseline"].isna()
+    marked = mark_front(table[is_candidate], runs.l0_band)
     for flag in ("on_front", "on_overall_front"):
-        table[flag] = table["sae_id"].map(candidates[flag]).eq(True)
+        table[flag] = False
+        table.loc[is_candidate, flag] = marked[flag].to_numpy()
     trailing = ["on_front", "on_overall_front", "status", *(["baseline"] if with_baselines else []), "run_id"]
     final = {name for row in rows for name in row["final"]}
     others = [name for name in table if name not in {*leading, *FIGURES, *trailing, *final, "baseline", "final"}]
@@ -478,16 +485,25 @@ def _sweep_runs(home: Home, run: "Run", name: str) -> SweepRuns:
     )
 
 
-def _row(run: "Run") -> dict[str, Any]:
+def _rows(run: "Run") -> Iterator[dict[str, Any]]:
+    """The row of an SAE, and those of its prefixes, the narrowest first."""
     tags = run.data.tags
-    final = {key: value for key, value in run.data.metrics.items() if "/" not in key}
-    return {
-        **{key: _typed(value) for key, value in run.data.params.items()},
-        **final,
-        **{key: tags.get(key) for key in ("sae_id", "hook_point", "architecture", "status", "baseline")},
-        "run_id": run.info.run_id,
-        "final": tuple(final),
-    }
+    final: dict[int | None, dict[str, float]] = {None: {}}
+    for key, value in run.data.metrics.items():
+        found = re.fullmatch(r"prefix_(\d+)\.(.+)", key)
+        if found:
+            final.setdefault(int(found[1]), {})[found[2]] = value
+        elif "/" not in key:
+            final[None][key] = value
+    for prefix in sorted(final, key=lambda width: width or 0):
+        yield {
+            **{key: _typed(value) for key, value in run.data.params.items()},
+            **final[prefix],
+            **{key: tags.get(key) for key in ("sae_id", "hook_point", "architecture", "status", "baseline")},
+            "prefix": prefix,
+            "run_id": run.info.run_id,
+            "final": tuple(final[prefix]),
+        }
 
 
 def _typed(text: str) -> Any:

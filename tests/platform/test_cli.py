@@ -55,8 +55,8 @@ def test_front_as_json_has_exactly_the_promised_keys(capsys, finished_home):
     assert all(tuple(sae) == JSON_KEYS for sae in saes)
     run_ids = {run.data.tags["sae_id"]: run.info.run_id for run in find_sweep(finished_home, "demo").children()}
     assert saes[1] == {
-        "sae_id": "early-8", "hook_point": EARLY, "architecture": "topk", "d_sae": 6, "l0": 8.0, "ce_recovered": 0.9,
-        "kl_recovered": 0.89, "explained_variance": 0.7, "dead_fraction": 0.25, "on_front": True,
+        "sae_id": "early-8", "hook_point": EARLY, "architecture": "topk", "d_sae": 6, "prefix": None, "l0": 8.0,
+        "ce_recovered": 0.9, "kl_recovered": 0.89, "explained_variance": 0.7, "dead_fraction": 0.25, "on_front": True,
         "status": "finished", "run_id": run_ids["early-8"],
     }  # fmt: skip
     assert (saes[5]["status"], saes[5]["l0"], saes[5]["on_front"]) == ("diverged", None, False)
@@ -82,7 +82,7 @@ def test_pull_says_what_it_took_and_how_to_load_it(capsys, tmp_path):
     [
         (["front", "demx"], "no sweep 'demx' in"),
         (["front", "demo", "--hook-point", "x"], f"it has {EARLY}, {LATE}"),
-        (["pull", "demo", "--hook-point", "x", "--to", "y"], f"hook_point 'x' in this sweep; it has {EARLY}"),
+        (["pull", "demo", "--hook-point", "x", "--to", "y"], f"no hook point 'x' in this sweep; it has {EARLY}"),
         (["pull", "demo", "--hook-point", LATE, "--l0", "90:", "--to", "y"], "there are 8"),
         (["report", "nosuch", "--to", "x.html"], "no sweep 'nosuch'"),
         (["list", "--home", "s3://bucket"], "is a URI"),

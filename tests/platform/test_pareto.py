@@ -75,7 +75,7 @@ def test_select_looks_at_one_architecture_alone():
 
 def test_select_says_what_there_is():
     points = pd.concat([table((5, 0.7), (8, 0.9)), table((math.nan, math.nan), hook_point="b", status="diverged")])
-    with pytest.raises(SweepError, match="hook_point 'c' in this sweep; it has a, b"):
+    with pytest.raises(SweepError, match="no hook point 'c' in this sweep; it has a, b"):
         select(points, "c")
     with pytest.raises(SweepError, match="architecture 'gated' in this sweep; it has topk"):
         select(points, "a", "gated")

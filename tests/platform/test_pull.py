@@ -33,7 +33,7 @@ def test_front_in_a_band_is_the_front_of_what_lies_inside(finished_home):
 
 
 def test_front_of_an_unknown_hook_point_says_which_there_are(finished_home):
-    with pytest.raises(SweepError, match=f"no hook point 'x' in sweep 'demo'; it has {EARLY}, {LATE}"):
+    with pytest.raises(SweepError, match=f"no hook point 'x' in this sweep; it has {EARLY}, {LATE}"):
         penstock.front("demo", hook_point="x", home=finished_home)
 
 

@@ -113,8 +113,9 @@ def test_the_table_has_one_row_an_sae_with_typed_settings_and_the_front_in_the_s
     table = sweep_table(finished_home, "demo").set_index("sae_id")
     assert list(table.index) == list(SAES)
     assert list(table.reset_index().columns) == [
-        "sae_id", "hook_point", "architecture", "d_sae", "k", "lr", "seed", "l0", "ce_recovered", "kl_recovered",
-        "explained_variance", "dead_fraction", "mse", "on_front", "on_overall_front", "status", "run_id",
+        "sae_id", "hook_point", "architecture", "d_sae", "prefix", "k", "lr", "seed", "l0", "ce_recovered",
+        "kl_recovered", "explained_variance", "dead_fraction", "mse", "on_front", "on_overall_front", "status",
+        "run_id",
     ]  # fmt: skip
     assert table.loc["early-8", "k"] == 8 and table.loc["early-8", "lr"] == 4e-4
     assert math.isnan(table.loc["late-16", "l0"])
