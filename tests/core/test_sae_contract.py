@@ -192,8 +192,9 @@ def test_export_is_the_trained_function_on_raw_activations(trainer, data):
     run(trainer, data, 40)
     scale = data.calibration.scale
     x = data.x[:500]
-    # with thresholds calibrated on x, where that is how the SAE is used: the trained one takes x for one batch
-    sae = trainer.export({"hook_name": "blocks.0.hook_resid_post"}, tokens=x)
+    # with thresholds calibrated on x, where the trained SAE takes x for one batch; not where they have been trained
+    tokens = None if trainer.settings.architecture == "jumprelu" else x
+    sae = trainer.export({"hook_name": "blocks.0.hook_resid_post"}, tokens=tokens)
     torch.testing.assert_close(sae(x), trainer.sae(x * scale) / scale, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
     # a latent's activation is the length it adds, in raw units; ranked by decoder norms it is that already
@@ -261,6 +262,7 @@ RECOVERY = {
     "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 4.0, "l1_warm_up_steps": 300},
     "topk": {"architecture": "topk", "d_sae": 40, "k": 3},
     "batch_topk": {"architecture": "batch_topk", "d_sae": 40, "k": 2},
+    "matryoshka": {"architecture": "matryoshka", "d_sae": 40, "k": 2},
     "jumprelu": {"architecture": "jumprelu", "d_sae": 40, "target_l0": 2},
 }
 
