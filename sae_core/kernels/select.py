@@ -19,16 +19,19 @@ from torch import Tensor
 from sae_core.kernels import active
 from sae_core.kernels.active import Active, DenseActive, SparseActive
 
-CHUNK_ENTRIES = 1 << 22  # of the product at a time on a CPU: 16 MB in float32
+# Of the product at a time on a CPU: of the least rows that a matrix product is still fast with, or as many as fit a cache
+CHUNK_ROWS, CHUNK_ENTRIES = 512, 1 << 20
 TINY = float(np.finfo(np.float32).tiny)
 
 
 class Selection(Protocol):
-    """Which entries of `pre` [B, F] are active. Positions are flat (token * F + latent), ascending, int64."""
+    """Which entries of `pre` [B, F] are active."""
 
     density: float | None  # the share of active pairs, where it is known beforehand
 
-    def positions(self, pre: Tensor) -> Tensor: ...
+    def pairs(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat positions (token * F + latent, ascending, int64) of the pairs, and `pre` at them."""
+        ...
 
     def dense(self, pre: Tensor) -> tuple[DenseActive, Tensor]:
         """The pairs in their dense form, and `pre` at them; `pre` may be overwritten."""
@@ -42,8 +45,8 @@ class Above:
     threshold: Tensor | float = 0.0
     density = None
 
-    def positions(self, pre: Tensor) -> Tensor:
-        return _flat(self._mask(pre))
+    def pairs(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return _pairs_where(self._mask(pre), pre)
 
     def dense(self, pre: Tensor) -> tuple[DenseActive, Tensor]:
         if isinstance(self.threshold, float) and self.threshold == 0.0:
@@ -67,8 +70,8 @@ class TopK:
     def density(self) -> float:
         return min(self.k / self.n_latents, 1.0)
 
-    def positions(self, pre: Tensor) -> Tensor:
-        return top_k_positions(pre, self.k)
+    def pairs(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return top_k_pairs(pre, self.k)
 
     def dense(self, pre: Tensor) -> tuple[DenseActive, Tensor]:
         return _dense_where(top_k_mask(pre, self.k), pre)
@@ -81,8 +84,8 @@ class AtLeast:
     threshold: Tensor
     density: float
 
-    def positions(self, pre: Tensor) -> Tensor:
-        return _flat(self._mask(pre))
+    def pairs(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return _pairs_where(self._mask(pre), pre)
 
     def dense(self, pre: Tensor) -> tuple[DenseActive, Tensor]:
         return _dense_where(self._mask(pre), pre)
@@ -112,15 +115,15 @@ def encode(
         if isinstance(selection, TopK) and selection.density < limit:
             return _fixed_pairs(*_top_k_fixed(pre, selection.k), n_tokens, n_latents)
         return selection.dense(pre)
-    step = max(64, CHUNK_ENTRIES // n_latents)
+    step = max(CHUNK_ROWS, CHUNK_ENTRIES // n_latents)
     if selection.density is None or selection.density < limit:
         positions, values = [], []
         for start in range(0, n_tokens, step):
             pre = product.rows(start, start + step)
-            found = selection.positions(pre)
+            found, there = selection.pairs(pre)
             if start == 0 and selection.density is None and len(found) >= limit * pre.numel():
                 break
-            values.append(pre.view(-1)[found].to(x_BD.dtype))
+            values.append(there.to(x_BD.dtype))
             positions.append(found.add_(start * n_latents))
         else:
             flat = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
@@ -144,7 +147,7 @@ def encode_batch_top(
         threshold = batch_top_threshold([x_BD], W_enc, bias, n, dtype)
         return *encode(x_BD, W_enc, bias, AtLeast(threshold, density), dtype), threshold
     product = _Product(x_BD, W_enc, bias, dtype if x_BD.dtype == torch.float32 else x_BD.dtype)
-    step = max(64, CHUNK_ENTRIES // n_latents)
+    step = max(CHUNK_ROWS, CHUNK_ENTRIES // n_latents)
     # A bound from the first tokens is met by about twice as many entries as are wanted; should the other tokens be so
     # different that fewer than n meet it, every positive entry is looked at.
     bound = _bound_of_share(product.rows(0, step), 2 * n / len(x_BD))
@@ -210,8 +213,8 @@ def _entries_from(product: "_Product", n_tokens: int, step: int, bound: Tensor) 
     positions, values = [], []
     for start in range(0, n_tokens, step):
         pre = product.rows(start, start + step)
-        found = _flat(pre >= bound.to(pre.dtype))
-        values.append(pre.view(-1)[found])
+        found, there = _pairs_where(pre >= bound.to(pre.dtype), pre)
+        values.append(there)
         positions.append(found.add_(start * pre.shape[1]))
     return torch.cat(positions), torch.cat(values)
 
@@ -259,7 +262,7 @@ def top_k_mask(ranks: Tensor, k: int) -> Tensor:
         return _top_k_mask_by_index(ranks, k)
     rows = ranks.detach().reshape(-1, ranks.shape[-1])
     mask = torch.zeros(rows.shape, dtype=torch.bool)
-    mask.view(-1)[top_k_positions(rows, k)] = True
+    mask.view(-1)[top_k_pairs(rows, k)[0]] = True
     return mask.view(ranks.shape)
 
 
@@ -268,50 +271,33 @@ def _top_k_mask_by_index(ranks: Tensor, k: int) -> Tensor:
     return torch.zeros_like(ranks, dtype=torch.bool).scatter_(-1, index, True) & (ranks > 0)
 
 
-def top_k_positions(rows: Tensor, k: int) -> Tensor:
-    """Flat positions of the k largest positive entries of each row [B, F]; of tied ones those that come first.
+def top_k_pairs(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Flat positions and values of the k largest positive entries of each row [B, F]; of tied ones those that come
+    first. For tensors on a CPU.
 
-    On a CPU: each row is cut into groups, and the k-th largest of the groups' maxima is a lower bound of the row's k-th
+    Each row is cut into groups, and the k-th largest of the groups' maxima is a lower bound of the row's k-th
     largest entry that few other entries reach. Only what reaches it is compared further: one pass over memory, where
     torch.topk or a partition of whole rows take many.
     """
-    if rows.device.type != "cpu":
-        return _flat(_top_k_mask_by_index(rows, k))
     n_rows, n_latents = rows.shape
     if n_rows == 0 or k >= n_latents:
-        return _flat(rows > 0)
+        return _pairs_where(rows > 0, rows)
     bound = _row_bounds(rows, k).clamp_min_(TINY).to(rows.dtype)
-    flat = np.flatnonzero((rows >= bound[:, None]).numpy())
-    of_row = flat // n_latents
-    counts = np.bincount(of_row, minlength=n_rows)
+    flat, found = _pairs_where(rows >= bound[:, None], rows)
+    counts = np.diff(np.searchsorted(flat.numpy(), np.arange(n_rows + 1) * n_latents))
     if counts.max() <= k:
-        return torch.from_numpy(flat)
-    values = _numpy(rows.reshape(-1)[torch.from_numpy(flat)])
-    starts = np.cumsum(counts) - counts
-    place = np.arange(len(flat)) - starts[of_row]
-    padded = np.full((n_rows, counts.max()), -np.inf, dtype=values.dtype)
-    padded[of_row, place] = values
-    kth = np.partition(padded, padded.shape[1] - k, axis=1)[:, -k]
-    keep = values >= kth[of_row]
-    if (kept := np.bincount(of_row[keep], minlength=n_rows)).max() > k:
-        _drop_late_ties(keep, values, kth, starts, counts, np.flatnonzero(kept > k), k)
-    return torch.from_numpy(flat[keep])
-
-
-def _drop_late_ties(
-    keep: np.ndarray,
-    values: np.ndarray,
-    kth: np.ndarray,
-    starts: np.ndarray,
-    counts: np.ndarray,
-    rows: np.ndarray,
-    k: int,
-) -> None:
-    for row in rows:
-        part = slice(starts[row], starts[row] + counts[row])
-        tied = np.flatnonzero(values[part] == kth[row])
-        surplus = np.count_nonzero(keep[part]) - k
-        keep[part.start + tied[len(tied) - surplus :]] = False
+        return flat, found
+    values = _numpy(found)
+    filled = np.arange(counts.max()) < counts[:, None]
+    candidates = np.full(filled.shape, -np.inf, dtype=values.dtype)
+    candidates[filled] = values
+    kth = np.partition(candidates, candidates.shape[1] - k, axis=1)[:, -k, None]
+    keep = filled & (candidates >= kth)
+    for row in np.flatnonzero(np.count_nonzero(keep, axis=1) > k):  # tied with the k-th: the first ones stay
+        tied = np.flatnonzero(candidates[row] == kth[row])
+        keep[row, tied[k - np.count_nonzero(keep[row]) :]] = False
+    kept = torch.from_numpy(keep[filled])
+    return flat[kept], found[kept]
 
 
 def _row_bounds(rows: Tensor, k: int) -> Tensor:
@@ -338,7 +324,7 @@ def _numpy(values: Tensor) -> np.ndarray:
     return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
 
 
-def _flat(mask: Tensor) -> Tensor:
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.reshape(-1).nonzero().squeeze(1)
+def _pairs_where(mask: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions at which a mask holds, and `pre` there; on a CPU."""
+    flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return flat, pre.reshape(-1)[flat]
