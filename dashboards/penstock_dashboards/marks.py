@@ -36,7 +36,10 @@ BASELINES = {  # label, matplotlib's line style, plotly's
     "neurons": ("top-k neurons", (0, (5, 2)), "dash"),
     "pca": ("top-k PCA", (0, (1.2, 1.6)), "dot"),
     "frozen_decoder": ("frozen random decoder", (0, (6, 2, 1.2, 2)), "dashdot"),
+    "target_neurons": ("top-k neurons of the target", (0, (9, 3)), "longdash"),
+    "target_pca": ("top-k PCA of the target", (0, (9, 3, 1.2, 3)), "longdashdot"),
 }
+REFERENCES = ("target_neurons", "target_pca")  # they see what a transcoder has to predict: nothing it has to beat
 X_LABEL, Y_LABEL = "L0 (active latents a token)", "CE recovered"
 FIGURES = {  # label, decimals
     "l0": ("L0", 2),
@@ -67,8 +70,11 @@ def baseline_points(baselines: pd.DataFrame) -> pd.DataFrame:
 
 
 def lead(points: pd.DataFrame) -> str:
-    count, on_front = len(points), int(points["on_front"].sum())
+    prefixes = int(points["prefix"].notna().sum()) if "prefix" in points else 0
+    count, on_front = len(points) - prefixes, int(points["on_front"].sum())
     saes = "1 SAE" if count == 1 else f"{count} SAEs"
+    if prefixes:
+        saes += f" and {prefixes} prefix{'' if prefixes == 1 else 'es'}"
     return f"{saes}, {on_front} on the front of their hook point; up and to the left is better"
 
 

@@ -22,10 +22,11 @@ import pandas as pd
 import yaml
 
 from penstock.errors import SweepError
-from penstock.pareto import Band, by_hook_point, select
+from penstock.pareto import Band, by_hook_point, key_of, kind_of
 from penstock_dashboards.marks import (
     BASELINES,
     FIGURES,
+    REFERENCES,
     X_LABEL,
     Y_LABEL,
     Style,
@@ -47,7 +48,6 @@ from penstock_dashboards.marks import (
 _IDENTITY = {"sae_id", "hook_point", "architecture", "status", "run_id", "on_front", "on_overall_front", "baseline",
              "kind", "x"}  # fmt: skip
 _LABELS = {"hook_point": "hook point", "sae_id": "SAE"} | {name: label for name, (label, _) in FIGURES.items()}
-_BAND_DECIMALS = (0, 1, 2, 3, 6, 9)
 _PHASES = {"seconds_start": "start", "seconds_train": "train", "seconds_evaluate": "evaluate"}
 _SHAPES = {  # plotly's symbols in a box of 16 by 16, for the legend and the table
     "circle": '<circle cx="8" cy="8" r="5"/>',
@@ -60,7 +60,7 @@ _SHAPES = {  # plotly's symbols in a box of 16 by 16, for the legend and the tab
     "pentagon": '<path d="M8 2.3 13.7 6.4 11.5 13.2h-7L2.3 6.4z"/>',
     "hexagon": '<path d="M8 2 13.2 5v6L8 14 2.8 11V5z"/>',
 }
-_DASHES = {"dash": "5 2.5", "dot": "1.5 2", "dashdot": "6 2 1.5 2"}
+_DASHES = {"dash": "5 2.5", "dot": "1.5 2", "dashdot": "6 2 1.5 2", "longdash": "9 3", "longdashdot": "9 3 1.5 3"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ def write_page(table: pd.DataFrame, baselines: pd.DataFrame, path: Path, source:
     from plotly.offline import get_plotlyjs
 
     table = by_hook_point(table)
+    if "prefix" in table and table["prefix"].isna().all():
+        table = table.drop(columns="prefix")
     points, compared = drawn_points(table), baseline_points(baselines)
     data = {
         "panels": _panels(table, points, compared, source.l0_band),
@@ -198,7 +200,8 @@ def _traces(points: pd.DataFrame, baselines: pd.DataFrame) -> Iterator[dict[str,
     for architecture, group in by_architecture(points):
         yield {
             "type": "scatter", "mode": "markers", "name": architecture, "x": list(group["x"]),
-            "y": list(group["ce_recovered"]), "customdata": list(group["sae_id"]), "hoverinfo": "none",
+            "y": list(group["ce_recovered"]), "hoverinfo": "none",
+            "customdata": [key_of(record) for record in group.to_dict("records")],
             "marker": _marker(style_of(architecture), [bool(flag) for flag in group["on_front"]]),
             "unselected": {"marker": {"opacity": 0.1}},
         }  # fmt: skip
@@ -219,22 +222,23 @@ def _marker(style: Style, on_front: Sequence[bool]) -> dict[str, Any]:
 
 
 def _sae_marks(table: pd.DataFrame, source: Source) -> dict[str, Any]:
-    """By SAE id: its heading, its settings, its figures, and how to fetch and load it."""
+    """By SAE id (`ID[WIDTH]` of a prefix): heading, settings, figures, and how to fetch and load it."""
     settings, measured = _columns_of(table)
     marks = {}
     for record in table.to_dict("records"):
         status = [str(record["status"])] if known(record.get("status")) else []
         where = "on the front" if record["on_front"] else "not on the front"
         drawn = known(record.get("l0")) and known(record.get("ce_recovered"))
-        marks[str(record["sae_id"])] = {
-            "title": str(record["architecture"]),
+        marks[key_of(record)] = {
+            "title": kind_of(record),
+            "architecture": str(record["architecture"]),
             "hook_point": str(record["hook_point"]),
             "note": ", ".join([where, *status] if drawn else status),
             "colour": style_of(record["architecture"]).colour,
             "figures": _pairs(record, [name for name in FIGURES if name in record]),
             "settings": _pairs(record, settings),
             "measured": _pairs(record, measured),
-            "commands": _commands(table, record, source) if drawn else [],
+            "commands": _commands(record, source) if drawn else [],
             "x": max(float(record["l0"]), 0.1) if drawn else None,
             "y": record["ce_recovered"] if drawn else None,
         }
@@ -246,7 +250,9 @@ def _baseline_marks(baselines: pd.DataFrame) -> dict[str, Any]:
     return {
         _baseline_key(record): {
             "title": BASELINES[record["kind"]][0], "hook_point": str(record["hook_point"]),
-            "note": "a baseline: what an SAE has to beat", "colour": "var(--grey)",
+            "note": "a basis of the target: what so many coefficients can reach" if record["kind"] in REFERENCES
+                    else "a baseline: what an SAE has to beat",
+            "colour": "var(--grey)",
             "figures": _pairs(record, [name for name in FIGURES if name in record]),
             "settings": _pairs(record, ["k"]), "measured": _pairs(record, measured), "commands": [],
         }
@@ -279,29 +285,13 @@ def _columns_of(table: pd.DataFrame) -> tuple[list[str], list[str]]:
     return [name for name in rest if names.index(name) < at], [name for name in rest if names.index(name) > at]
 
 
-def _commands(table: pd.DataFrame, record: Mapping[str, Any], source: Source) -> list[list[str]]:
+def _commands(record: Mapping[str, Any], source: Source) -> list[list[str]]:
     """[what it does, text to copy] of the command that pulls this very SAE, and of the code that loads it."""
-    folder = f"sae-{record['sae_id']}"
-    band = _band_of(table, record)
-    if band is None:
-        return []
-    words = ["penstock", "pull", source.sweep, "--hook-point", str(record["hook_point"]), "--architecture",
-             str(record["architecture"]), "--l0", band, "--to", folder, *source.options]  # fmt: skip
+    key = key_of(record)
+    folder = f"sae-{key.replace('[', '-').rstrip(']')}"
+    words = ["penstock", "pull", source.sweep, "--sae", key, "--to", folder, *source.options]
     code = f"from sae_core import SAE\nsae = SAE.load({folder!r})"
     return [["fetch it", shlex.join(words)], ["load it", code]]
-
-
-def _band_of(table: pd.DataFrame, record: Mapping[str, Any]) -> str | None:
-    """The roundest L0 band in which `penstock pull` picks this SAE; None where another one of its architecture has the
-    same L0 and recovers more."""
-    for decimals in _BAND_DECIMALS:
-        scale = 10**decimals
-        low, high = math.floor(record["l0"] * scale) / scale, math.ceil(record["l0"] * scale) / scale
-        with contextlib.suppress(SweepError):
-            picked = select(table, record["hook_point"], record["architecture"], (low, high))
-            if picked["sae_id"] == record["sae_id"]:
-                return ":".join(f"{edge:.{decimals}f}" for edge in (low, high))
-    return None
 
 
 # ---- the table of SAEs ----------------------------------------------------------------------------------------------
@@ -340,12 +330,12 @@ def _row_html(record: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
         key = html.escape(str(value)) if known(value) else ""
         text = html.escape(_shown(name, value))
         if name == "architecture":
-            text = f"{_glyph(style_of(value), bool(record['on_front']))} {text}"
+            text = f"{_glyph(style_of(value), bool(record['on_front']))} {html.escape(kind_of(record))}"
         elif name == "sae_id":
-            text = f'<button type="button" class="pick">{text}</button>'
+            text = f'<button type="button" class="pick">{html.escape(key_of(record))}</button>'
         cells.append(f'<td{kind} data-value="{key}">{text}</td>')
     front = ' class="front"' if record["on_front"] else ""
-    return f'<tr{front} data-sae="{html.escape(str(record["sae_id"]))}">{"".join(cells)}</tr>'
+    return f'<tr{front} data-sae="{html.escape(key_of(record))}">{"".join(cells)}</tr>'
 
 
 def _glyph(style: Style, filled: bool) -> str:
@@ -413,13 +403,15 @@ def _baselines_section(baselines: pd.DataFrame, table: pd.DataFrame, points: pd.
             label, k = BASELINES[record["kind"]][0], text_of(record.get("k"))
             cells = [_cell(hook_point, "name"), _cell(label), _cell(k, "number")]
             cells += [_cell(_shown(name, record[name]), "number") for name in figures]
-            if rivals.empty:
+            if record["kind"] in REFERENCES:
+                cells += [_cell("it sees the target"), _cell("")]
+            elif rivals.empty:
                 cells += [_cell("none"), _cell("")]
             else:
                 best = rivals.loc[rivals["ce_recovered"].astype(float).idxmax()]
                 margin = float(best["ce_recovered"]) - float(record["ce_recovered"])
                 met, won = met + 1, won + (margin > 0)
-                where = f"{best['architecture']} at L0 {best['l0']:.3g}: {best['ce_recovered']:.4f}"
+                where = f"{kind_of(best)} at L0 {best['l0']:.3g}: {best['ce_recovered']:.4f}"
                 cells += [_cell(where), _cell(f"{margin:+.4f}", "number better" if margin > 0 else "number worse")]
             rows.append(cells)
     labels = [FIGURES[name][0] for name in figures]
@@ -429,6 +421,9 @@ def _baselines_section(baselines: pd.DataFrame, table: pd.DataFrame, points: pd.
         f"With no more active latents, the best SAE recovers more of the CE in {won} of {met} comparisons."
         if met else "No SAE has as few active latents, so none can be compared."
     )  # fmt: skip
+    if baselines["kind"].isin(REFERENCES).any():
+        text += (" A basis of the target is no rival: it sees the very activations that a transcoder has to predict, "
+                 "and shows how much so many coefficients of them are worth.")  # fmt: skip
     return _section("Baselines", _grid(header, numeric, rows), text)
 
 

@@ -45,7 +45,6 @@ def parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Cores = Annotated[float, Field(ge=0)]
-_STAND_IN_WIDTHS = (1 << 20, 16)  # what is wrong with a large and with a small d_in is wrong with any
 _WIDTHS = {"d_sae", "widths"}  # settings that may be multiples of d_in
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -384,8 +383,8 @@ class _EntryError(Exception):
 
 
 def _check_entries(spec: SweepSpec) -> None:
-    """Check every SAE of every entry, with stand-ins for d_in: what depends on the real one is checked by the plan."""
-    from sae_core.architectures import ARCHITECTURES
+    """Check every SAE of every entry, with a stand-in d_in: what depends on the real one is checked by the plan."""
+    from sae_core.architectures import ARCHITECTURES, parse_settings
 
     for index, entry in enumerate(spec.saes):
         if "architecture" not in entry:
@@ -398,22 +397,31 @@ def _check_entries(spec: SweepSpec) -> None:
                 raise _EntryError(("saes", index, key), f"{key} is an empty list: an axis needs one value or more")
             if len({str(item) for item in value}) < len(value):
                 raise _EntryError(("saes", index, key), f"{key} {value}: a value stands twice")
-        problems = [_problem(entry, d_in) for d_in in _STAND_IN_WIDTHS]
-        if all(problems):
-            named = next((word for word in re.findall(r"\w+", problems[0] or "") if word in entry), None)
+        try:
+            for settings in expand_axes(entry, d_in=1 << 20):
+                if not _mixes_widths(entry):
+                    parse_settings(settings)
+        except (ValueError, ConfigError) as error:
+            named = next((word for word in re.findall(r"\w+", str(error)) if word in entry), None)
             location = ("saes", index, named) if named else ("saes", index)
-            raise _EntryError(location, f"saes[{index}]: {problems[0]}")
+            raise _EntryError(location, f"saes[{index}]: {error}") from None
 
 
-def _problem(entry: Mapping[str, Any], d_in: int) -> str | None:
-    from sae_core.architectures import parse_settings
+def _mixes_widths(entry: Mapping[str, Any]) -> bool:
+    """Whether d_sae and the widths of its prefixes are numbers in part and multiples of d_in in part: only with the
+    real one can be said whether they fit."""
+    if "widths" not in entry:
+        return False
+    given = [str(value) for name in _WIDTHS & entry.keys() for value in _flat(entry[name])]
+    return len({value.strip().endswith("x") for value in given}) > 1
 
-    try:
-        for settings in expand_axes(entry, d_in):
-            parse_settings(settings)
-    except (ValueError, ConfigError) as error:
-        return str(error)
-    return None
+
+def _flat(value: Any) -> Iterator[Any]:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, list):
+            yield from _flat(item)
+        elif item is not None:
+            yield item
 
 
 def _load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from penstock.cli import _parser
 from penstock.errors import SweepError
 from penstock.home import Home
-from penstock.pareto import mark_front, select
+from penstock.pareto import find_sae, mark_front
 from penstock.tracking import TrackedSAE, Tracker, sweep_table
 from penstock_dashboards.pareto import report, write_html, write_png
 
@@ -94,18 +94,46 @@ def test_a_mark_has_all_settings_and_figures(tmp_path):
 
 def test_the_command_of_an_sae_pulls_that_sae_and_no_other(tmp_path):
     crowd = mark_front(pd.DataFrame([
-        *[sae(f"s{l0}", "blocks.0", "standard", l0, 0.5 + l0 / 100) for l0 in (8.0, 8.25, 8.26, 8.2601, 30.5)],
-        sae("twin-better", "blocks.0", "topk", 8, 0.9, k=8), sae("twin-worse", "blocks.0", "topk", 8, 0.8, k=8),
+        sae("twin", "blocks.0", "topk", 8, 0.9, k=8), sae("twin-worse", "blocks.0", "topk", 8, 0.8, k=8),
     ]))  # fmt: skip
-    page = write_html(crowd, baselines(), tmp_path / "p.html", title="two words").read_text()
-    marks = data_of(page)["marks"]
-    commands = {sae_id: marks[sae_id]["commands"] for sae_id in crowd["sae_id"]}
-    assert commands.pop("twin-worse") == []  # `pull` takes the better one of the same L0
-    for sae_id, ((_, command), (_, code)) in commands.items():
+    marks = data_of(write_html(crowd, baselines(), tmp_path / "p.html", title="two words").read_text())["marks"]
+    for sae_id in crowd["sae_id"]:
+        (_, command), (_, code) = marks[sae_id]["commands"]
         asked = _parser().parse_args(shlex.split(command)[1:])
         assert asked.sweep == "two words" and asked.to in code
-        assert select(crowd, asked.hook_point, asked.architecture, asked.l0)["sae_id"] == sae_id
-    assert "--l0 30:31" in commands["s30.5"][0][1] and "--l0 8.26:8.26 " in commands["s8.26"][0][1]
+        assert find_sae(crowd, asked.sae)["sae_id"] == sae_id
+
+
+def test_a_prefix_is_a_mark_and_a_row_of_its_own(tmp_path):
+    nested = mark_front(pd.DataFrame([
+        sae("nested", "blocks.0", "matryoshka", 16, 0.9, prefix=math.nan),
+        sae("nested", "blocks.0", "matryoshka", 4, 0.7, prefix=16.0),
+    ]))  # fmt: skip
+    page = write_html(nested, baselines(), tmp_path / "p.html", title="demo").read_text()
+    data = data_of(page)
+    prefix = data["marks"]["nested[16]"]
+    assert (prefix["title"], prefix["architecture"]) == ("matryoshka[16]", "matryoshka")
+    assert prefix["commands"][0][1] == "penstock pull demo --sae 'nested[16]' --to sae-nested-16"
+    trace = next(trace for trace in data["panels"][0]["data"] if trace["name"] == "matryoshka")
+    assert trace["customdata"] == ["nested[16]", "nested"]
+    assert re.findall(r'data-sae="([^"]*)">', page.split('id="saes"')[1]) == ["nested[16]", "nested"]
+    assert "1 SAE and 1 prefix, 2 on the front" in page
+    assert write_png(nested, baselines(), tmp_path / "p.png", title="demo").exists()
+
+
+def test_a_basis_of_the_target_is_drawn_and_is_no_rival(tmp_path):
+    site = "blocks.0.mlp.hook_in -> blocks.0.hook_mlp_out"
+    saes = mark_front(pd.DataFrame([sae("coder", site, "topk", 8, 0.5, k=8)]))
+    rows = pd.DataFrame([
+        {"kind": kind, "hook_point": site, "k": 8, "l0": 8.0, "ce_recovered": recovered}
+        for kind, recovered in (("target_pca", 0.9), ("frozen_decoder", 0.3))
+    ])  # fmt: skip
+    page = write_html(saes, rows, tmp_path / "p.html", title="demo").read_text()
+    assert "in 1 of 1 comparisons" in page and "<td>it sees the target</td>" in page
+    assert [trace["name"] for trace in data_of(page)["panels"][0]["data"]][:2] == [
+        "frozen random decoder", "top-k PCA of the target",
+    ]  # fmt: skip
+    assert write_png(saes, rows, tmp_path / "p.png", title="demo").exists()
 
 
 def test_the_best_sae_stands_beside_each_baseline(tmp_path):

@@ -243,7 +243,7 @@ def test_hovering_over_a_point_shows_its_settings_and_figures_and_a_click_how_to
         assert text in tip
     for kind in ("mousePressed", "mouseReleased"):
         page.mouse(kind, at)
-    command = "penstock pull demo --hook-point blocks.10 --architecture topk --l0 8:8 --to sae-late-topk"
+    command = "penstock pull demo --sae late-topk --to sae-late-topk"
     assert page.until("document.querySelector('tr.picked')?.dataset.sae === 'late-topk'")
     assert page.ask("document.querySelector('#drawer .command pre').innerText") == command
     assert "sae=late-topk" in page.ask("location.hash")

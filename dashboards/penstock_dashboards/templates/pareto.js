@@ -153,7 +153,7 @@ function filter() {
     const text = [row.dataset.sae, mark.title, mark.hook_point, mark.note, ...mark.settings.map(pair => pair.join("="))]
       .join(" ").toLowerCase();
     const outside = (low > 0 || high > 0) && (l0 === "" || l0 < low || l0 > high);
-    row.hidden = off.has(mark.title) || (hook && mark.hook_point !== hook) || outside
+    row.hidden = off.has(mark.architecture) || (hook && mark.hook_point !== hook) || outside
       || (byId("front-only").checked && !row.classList.contains("front")) || !words.every(word => text.includes(word));
   }
   plots.forEach((plot, index) => { plot.parentElement.hidden = hook !== "" && panels[index].hook_point !== hook; });
