@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_core.kernels import active
 from sae_core.kernels.active import Active, DenseActive, SparseActive
 
-# Of the product at a time on a CPU: of the least rows that a matrix product is still fast with, or as many as fit a cache
+# Of the product at a time on a CPU: the fewest rows with which it is still fast, or as many entries as fit a cache
 CHUNK_ROWS, CHUNK_ENTRIES = 512, 1 << 20
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -304,15 +304,14 @@ def _row_bounds(rows: Tensor, k: int) -> Tensor:
     """A lower bound of the k-th largest entry of each row: [B]."""
     n_latents = rows.shape[1]
     groups = _n_groups(n_latents, 4 * k)
-    if groups is None:
-        values = _numpy(rows)
-    else:
-        values = _numpy(rows.reshape(len(rows), n_latents // groups, groups).amax(1))
+    if groups is not None:
+        rows = rows.reshape(len(rows), n_latents // groups, groups).amax(1)
+    values = _numpy(rows)
     return torch.from_numpy(np.partition(values, values.shape[1] - k, axis=1)[:, -k].copy())
 
 
 def _n_groups(n_latents: int, least: int) -> int | None:
-    """The smallest number of equal groups that is at least `least`, of 4 latents each or more; None if there is none."""
+    """The smallest number of equal groups, at least `least` and of 4 latents each or more; None if there is none."""
     for size in range(n_latents // least, 3, -1):
         if n_latents % size == 0:
             return n_latents // size
