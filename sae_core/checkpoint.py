@@ -20,13 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core.architectures import ARCHITECTURES
-from sae_core.architectures.jumprelu import JumpReLUSAE
 from sae_core.errors import CheckpointError, ConfigError
 from sae_core.normalization import PER_TOKEN, Whitening
 from sae_core.sae import SAE, SAEConfig
 from sae_core.settings import nearest
 
-CLASSES: dict[str, type[SAE]] = {**ARCHITECTURES, "jumprelu": JumpReLUSAE}
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 # What SAELens' trainer lays beside a checkpoint whose weights still expect normalised activations.
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
@@ -93,7 +91,7 @@ def load_sae(
     target = _dtype(raw.get("dtype", "float32") if dtype is None else dtype, f"{path}: dtype")
     cfg = _config(raw, form, path)
     cfg = cfg.model_copy(update={"dtype": str(target).removeprefix("torch.")})
-    sae_class = CLASSES[form.architecture]
+    sae_class = ARCHITECTURES[form.architecture]
     shapes = sae_class.shapes(cfg)
     if form.batch_top_k:
         shapes = {name: shape for name, shape in shapes.items() if name != "threshold"} | {"topk_threshold": ()}

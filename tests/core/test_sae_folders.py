@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_cases import SETTINGS
-from sae_core import SAE, CheckpointError, ConfigError, SAEConfig, SAETrainer, parse_settings
-from sae_core.checkpoint import CLASSES, load_sparsity
+from sae_core import ARCHITECTURES, SAE, CheckpointError, ConfigError, SAEConfig, SAETrainer, parse_settings
+from sae_core.checkpoint import load_sparsity
 from sae_core.normalization import PER_TOKEN
 
 FILES = {"cfg.json", "sae_weights.safetensors"}
@@ -362,7 +362,7 @@ def test_wrong_firing_rates_are_refused(folder, tensors, message):
 
 def random_sae(architecture, d_in=16, d_sae=48, **fields):
     generator = torch.Generator().manual_seed(4)
-    cls = CLASSES[architecture]
+    cls = ARCHITECTURES[architecture]
     config = SAEConfig(architecture=architecture, d_in=d_in, d_sae=d_sae, **fields)
     weights = {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in cls.shapes(config).items()}
     return cls(config, weights)
