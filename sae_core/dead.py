@@ -1,11 +1,17 @@
 """What is done about dead latents: those that have fired on none of the last `dead_after_tokens` tokens."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae_core.functional import aux_k_scale
 from sae_core.kernels import TopK, encode
 from sae_core.sae import Gradients, StepContext, TrainableSAE
+
+ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, that a resampled latent starts with
 
 
 def accumulate_aux_k(
@@ -62,6 +68,39 @@ def accumulate_pre_act(
     if sae.cfg.apply_b_dec_to_input:
         gradients.add("b_dec", -(d_bias @ W_enc_rows))
     return (gap.sum(0) * weight).sum()
+
+
+# ---- resampling: Bricken et al., "Towards Monosemanticity" (2023), section "Neuron resampling" ----------------------
+
+
+def draw_inputs(squared_errors: Tensor, n: int, key: Sequence[int]) -> Tensor:
+    """Indices of up to n tokens, drawn with probability proportional to the square of `squared_errors` [tokens] from a
+    generator that `key` alone decides.
+
+    Without replacement, other than in the source: two latents with the same rows would stay the same for ever. So there
+    are fewer than n where fewer tokens have an error. The draw is a race of exponential clocks (Efraimidis and
+    Spirakis, 2006), so that a rounding of the errors does not change it.
+    """
+    rates = squared_errors.double().cpu().square().numpy()
+    running = np.flatnonzero(rates > 0)
+    arrivals = np.random.default_rng(list(key)).exponential(size=len(rates))[running] / rates[running]
+    return torch.from_numpy(running[np.argsort(arrivals, kind="stable")[:n]]).to(squared_errors.device)
+
+
+def resampled_rows(sae: TrainableSAE, dead: Tensor, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Rows [n, .] of W_enc and W_dec with which dead latents start anew, given as many drawn tokens, normalised: x
+    [n, d_in] and the target [n, d_out].
+
+    Both point where the token lies from b_dec, the source's "input". The decoder's row has the length it has at the
+    start of a run, the encoder's 0.2 of the mean among the living; a transcoder's decoder points at its target.
+    """
+    alive = sae.W_enc.norm(dim=0)[~dead]
+    mean_norm = alive.mean() if len(alive) else sae.decoder_norm_at_start
+    from_b_dec = target - (sae.b_dec + x @ sae.W_skip.T if sae.cfg.skip else sae.b_dec)
+    return {
+        "W_enc": normalize(sae.centre(x), dim=1) * (ENCODER_SHARE * mean_norm),
+        "W_dec": normalize(from_b_dec, dim=1) * sae.decoder_norm_at_start,
+    }
 
 
 def _add_rows(gradients: Gradients, name: str, rows: Tensor, values: Tensor) -> None:

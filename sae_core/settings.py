@@ -12,7 +12,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class SAESettings(BaseModel):
-    """What every architecture has. An architecture's own settings derive from this in its file."""
+    """What every architecture has. An architecture's own settings derive from this in its file.
+
+    resample_every_steps: after every so many steps of the first half of a run (later they would have no time to learn),
+    dead latents start anew, at tokens that are reconstructed badly; see dead.py. None: never.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -21,6 +25,7 @@ class SAESettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     lr: float | None = Field(default=None, gt=0)
     frozen_decoder: bool = False
+    resample_every_steps: int | None = Field(default=None, gt=0)
     normalize_activations: Literal[
         "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"
     ] = "expected_average_only_in"
@@ -32,6 +37,15 @@ class SAESettings(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError(f"{info.field_name} is {value}: a truth value, where none is accepted")
         return value
+
+    @model_validator(mode="after")
+    def check_resampling(self) -> "SAESettings":
+        if self.frozen_decoder and self.resample_every_steps is not None:
+            raise ValueError(
+                f"resample_every_steps is {self.resample_every_steps}, and frozen_decoder is true: resampling changes "
+                "the decoder; accepted: one of the two"
+            )
+        return self
 
     def coefficient_at(self, step: int) -> float:
         """The coefficient of the sparsity or auxiliary loss at `step` (0-based), warm-up applied."""

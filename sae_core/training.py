@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_core.architectures import ARCHITECTURES
+from sae_core.dead import draw_inputs, resampled_rows
 from sae_core.errors import CheckpointError, ConfigError
 from sae_core.normalization import PER_TOKEN, Calibration, Normalizer
 from sae_core.sae import SAE, Gradients, SAEConfig, StepContext, StepTerms, TrainableSAE
@@ -50,6 +51,7 @@ class SAETrainer:
         self.is_transcoder = target_calibration is not None
         architecture = ARCHITECTURES[settings.architecture]
         _check_site(settings, architecture, self.is_transcoder)
+        _check_resampling(settings, training)
         mode = settings.normalize_activations
         self._normalize = Normalizer(mode, calibration, self.device)
         self._normalize_target = (
@@ -123,11 +125,14 @@ class SAETrainer:
             context = replace(context, state={**context.state, **whole})
         self._gradients.clear()
         total = _Totals()
+        resample, squared_errors = self._resamples_now(), []
         for x_raw, target_raw in raw:
             x_in = self._normalize(x_raw)
             wanted = x_in if target is None else self._normalize_target(target_raw)
             terms = self.sae.accumulate_gradients(x_in, wanted, self._gradients, context)
             total.add(terms)
+            if resample:
+                squared_errors.append(terms.error.square().sum(1))
             if want_metrics:
                 total.add_raw(target_raw.to(self.device), self._normalize_target.raw_error(terms.error, target_raw))
         norm = torch.stack(torch._foreach_norm(list(self._gradients.values()))).norm()
@@ -136,8 +141,11 @@ class SAETrainer:
         state = self.sae.next_state(self._state, total.extra, total.fired, context)
         counters = self._counters_after(total, n_tokens)
         metrics = self._metrics(total, counters, n_tokens, norm, lr, context.coefficient) if want_metrics else None
+        new = self._resampled(counters, torch.cat(squared_errors), x, target) if resample else None
         self._update_weights(norm, lr)
         self._counters, self._state = counters, state
+        if new is not None:
+            self._start_anew(*new)
         return metrics
 
     def _check_batch(self, x: Tensor, target: Tensor | None) -> None:
@@ -185,6 +193,32 @@ class SAETrainer:
         self._gradients.clear()
         for parameter in self._parameters.values():
             parameter.grad = None
+
+    def _resamples_now(self) -> bool:
+        every, step = self.settings.resample_every_steps, self.steps_done + 1
+        return every is not None and step % every == 0 and 2 * step <= self.training.steps
+
+    def _resampled(
+        self, counters: "_Counters", squared_errors: Tensor, x: Tensor, target: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(latents [n], their new rows by weight): dead ones, as many as tokens can be drawn for."""
+        dead = counters.tokens_since_fired >= self.training.dead_after_tokens
+        latents = dead.nonzero().squeeze(1)
+        drawn = draw_inputs(squared_errors, len(latents), (self.settings.seed, self.steps_done))
+        x_raw, target_raw = (None if part is None else part[drawn.to(part.device)] for part in (x, target))
+        x_in = self._normalize(x_raw)
+        wanted = x_in if target_raw is None else self._normalize_target(target_raw)
+        return latents[: len(drawn)], resampled_rows(self.sae, dead, x_in, wanted)
+
+    def _start_anew(self, latents: Tensor, rows: dict[str, Tensor]) -> None:
+        """Latents as at the start of a run, but with given rows: biases, Adam's moments, tokens since they fired."""
+        at_start = self.sae.biases_at_start(self.settings)
+        for name in ("W_enc", "W_dec", *self.sae.encoder_biases):
+            parameter = self._parameters[name]
+            parameter[latents] = rows.get(name, at_start.get(name, 0.0))
+            for key in MOMENTS:
+                self._adam.state[parameter][key][latents] = 0.0
+        self._counters.tokens_since_fired[latents] = 0
 
     def _counters_after(self, total: "_Totals", n_tokens: int) -> "_Counters":
         now = self._counters
@@ -363,6 +397,16 @@ def _check_site(settings: SAESettings, architecture: type[TrainableSAE], is_tran
         )
     if not is_transcoder and getattr(settings, "skip", False):
         raise ConfigError("skip is true: a skip connection is a transcoder's; an SAE would copy its input through it")
+
+
+def _check_resampling(settings: SAESettings, training: TrainingSettings) -> None:
+    every, half = settings.resample_every_steps, training.steps // 2
+    if every is not None and (every > half or training.dead_after_tokens > half * training.batch_tokens):
+        raise ConfigError(
+            f"resample_every_steps is {every}, and dead_after_tokens {training.dead_after_tokens}: latents are "
+            f"resampled in the first half of the run only; accepted are at most {half} steps and "
+            f"{half * training.batch_tokens} tokens"
+        )
 
 
 def _initial_weights(
