@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from penstock.batches import Schedule
 from penstock.errors import ConfigError, SpecError, SweepError, UserError
 from penstock.identity import FORMAT, content_id
@@ -30,12 +32,12 @@ DEFAULT_PACK_MEMORY_GB = 8.0
 LOW_L1_COEFFICIENT = 0.01
 FROZEN_DECODER = "frozen_decoder"
 
-# Settings younger than FORMAT 1: at these values they are left out of an SAE's identity, which stays what it was.
-_LATER_SETTINGS = {
-    "encoder_dtype": "float32",
-    "lr_decay": "linear",
-    "normalize_activations": "expected_average_only_in",
-    "skip": False,
+# What an SAE's identity held in the first release. Settings that came later are in it where they are not at their
+# default, so that SAEs of older sweeps are found again: a default that changes asks for a new FORMAT.
+_FIRST_SETTINGS = {
+    *("architecture", "d_sae", "seed", "lr", "frozen_decoder", "l1_coefficient", "l1_warm_up_steps", "k"),
+    *("aux_coefficient", "steps", "batch_tokens", "lr_warm_up_steps", "lr_decay_steps", "max_grad_norm", "adam_betas"),
+    "dead_after_tokens",
 }
 
 # Sustained fp32 rates that the time estimate assumes; stated beside it, since only a run can measure them.
@@ -217,19 +219,20 @@ def plan_saes(spec: SweepSpec, model: ModelDescription, train_id: str) -> list[P
                 "model": [model.fingerprint, spec.model.dtype, spec.model.processing],
                 "data": stream_identity(spec.data, train_id),
                 "hook_point": site.reads,
-                "training": _of_identity(training.model_dump()),
-                "settings": _of_identity(settings.model_dump()),
+                "training": _of_identity(training),
+                "settings": _of_identity(settings),
             } | ({"writes": site.writes} if site.is_transcoder else {})
             sae = PlannedSAE(content_id(identity), site, d_in, d_out, settings, baseline)
             planned[sae.sae_id] = sae
     return list(planned.values())
 
 
-def _of_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _of_identity(settings: BaseModel) -> dict[str, Any]:
+    defaults = {name: field.default for name, field in type(settings).model_fields.items()}
     return {
         name: value
-        for name, value in settings.items()
-        if name not in _LATER_SETTINGS or value != _LATER_SETTINGS[name]
+        for name, value in settings.model_dump().items()
+        if name in _FIRST_SETTINGS or value != defaults[name]
     }
 
 
@@ -269,8 +272,8 @@ def _check_site(field: str, settings: SAESettings, site: Site) -> None:
                             "skip connection would hand it on; accepted: skip at sites {reads: A, writes: B}"
                             )  # fmt: skip
         return
-    if not getattr(ARCHITECTURES[name], "can_transcode", False):
-        known = [other for other, kind in ARCHITECTURES.items() if getattr(kind, "can_transcode", False)]
+    if not ARCHITECTURES[name].can_transcode:
+        known = [other for other, kind in ARCHITECTURES.items() if kind.can_transcode]
         raise SpecError(f"{field}: architecture: {name} cannot be a transcoder, and every SAE is trained at every hook "
                         f"point, here at {site.label}; accepted there: {', '.join(known)}")  # fmt: skip
     if settings.normalize_activations in PER_TOKEN:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from penstock.errors import SpecError
 from penstock.spec import expand_axes, load_spec, parse_band, parse_spec
@@ -37,6 +38,34 @@ def test_axes_expand_in_the_order_written():
     assert [(one["d_sae"], one["k"]) for one in expanded] == [(40, 1), (40, 2), (80, 1), (80, 2)]
 
 
+def test_a_hook_point_may_read_one_place_and_write_another():
+    text = GOOD.replace("[blocks.1.hook_resid_post]", "[a, {reads: a, writes: b}, {reads: c, writes: c}]")
+    spec = parse_spec(text)
+    assert [site.label for site in spec.sites] == ["a", "a -> b", "c"]
+    assert spec.hook_points == ["a", {"reads": "a", "writes": "b"}, "c"]
+    assert parse_spec(yaml.safe_dump(spec.model_dump(mode="json"))) == spec
+
+
+def test_a_list_is_the_value_of_a_setting_that_is_one_and_a_list_of_them_an_axis():
+    entry = {"architecture": "matryoshka", "d_sae": "8x", "k": [2, 4], "widths": ["2x", "8x"]}
+    assert [(one["k"], one["widths"]) for one in expand_axes(entry, 10)] == [(2, [20, 80]), (4, [20, 80])]
+    axis = entry | {"k": 2, "widths": [[20, 80], ["4x", "8x"], None]}
+    assert [one["widths"] for one in expand_axes(axis, 10)] == [[20, 80], [40, 80], None]
+    either = {"architecture": ["topk", "batch_topk"], "d_sae": 8, "k": [1, 2]}
+    assert len(list(expand_axes(either, 10))) == 4
+
+
+def test_widths_of_prefixes_are_checked_as_far_as_they_can_be():
+    entry = "{architecture: matryoshka, d_sae: 8x, k: 4, widths: WIDTHS}"
+    text = GOOD.replace("{architecture: topk, d_sae: 8x, k: [8, 16], seed: [0, 1]}", entry)
+    settings = parse_spec(text.replace("WIDTHS", "[2x, 1024]")).sae_settings(d_in=128)[0]
+    assert settings["widths"] == [256, 1024]
+    refused(text.replace("WIDTHS", "[4x, 2x, 8x]"), "line 5", "saes[0]", "widths", "above the one before it")
+    refused(text.replace("WIDTHS", "[]"), "line 5", "widths is an empty list")
+    refused(text.replace("WIDTHS", "[[2x, 8x], [2x, 8x]]"), "line 5", "stands twice")
+    refused(text.replace("WIDTHS", "[3y, 8x]"), "line 5", "widths '3y'", "multiple of d_in")
+
+
 def test_a_misspelt_key_is_named_with_its_line_and_the_nearest_one():
     text = GOOD.replace("batch_tokens", "batch_token")
     refused(text, "sweep.yaml, line 3", "`train.batch_token`", "did you mean `batch_tokens`", "lr_warm_up_steps")
@@ -63,6 +92,13 @@ def test_an_unknown_architecture_lists_the_known_ones():
         ("batch_tokens: 512", "batch_tokens: 100k", ("batch_tokens 100000", "65024", "block")),
         ("[blocks.1.hook_resid_post]", "[]", ("line 2", "hook_points")),
         ("[blocks.1.hook_resid_post]", "[a, a]", ("line 2", "named twice: a")),
+        ("[blocks.1.hook_resid_post]", "[{reads: a}]", ("line 2", "hook_points.0", "{reads: NAME, writes: NAME}")),
+        ("[blocks.1.hook_resid_post]", "[{reads: a, writes: [b]}]", ("line 2", "hook_points.0", "two names")),
+        ("[blocks.1.hook_resid_post]", "[3]", ("line 2", "hook_points.0", "3", "a name")),
+        ("[blocks.1.hook_resid_post]", "[a, {reads: a, writes: a}]", ("line 2", "named twice: a")),
+        ("lr: 4e-4", "lr_decay: sine", ("line 3", "lr_decay", "'sine'", "'cosine'")),
+        ("lr: 4e-4", "lr_decay: constant, lr_decay_steps: 5", ("line 3", "lr_decay_steps 5", "constant")),
+        ("lr: 4e-4", "encoder_dtype: int8", ("line 3", "encoder_dtype", "'bfloat16'")),
         ("name: front", "name: 'a b'", ("line 1", "name", "a b")),
         ("lr: 4e-4", "lr: fast", ("line 3", "train.lr", "fast")),
     ],
