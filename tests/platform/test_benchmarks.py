@@ -77,6 +77,31 @@ def test_the_step_benchmark_compares_every_architecture(tmp_path):
     assert all(figure["holds"] is None for figure in figures.values())  # a quick run promises nothing
 
 
+@pytest.mark.compat
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
+def test_the_target_l0_benchmark_trains_both_sides(tmp_path):
+    path = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "jobs/benchmarks/target_l0.py", "--quick", "--json", str(path)],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "These figures mean nothing" in done.stdout
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["quick"] is True
+    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
+    figures = {figure["name"]: figure for figure in written["figures"]}
+    assert all(figure.keys() == FIGURE_KEYS and figure["holds"] is None for figure in figures.values())
+    for side in ("ours", "opponent"):
+        l0 = figures[f"blocks.1.hook_resid_post, target L0 8, l0, {side}"]["value"]
+        error = figures[f"blocks.1.hook_resid_post, target L0 8, error of L0, {side}"]["value"]
+        assert l0 > 0 and error == pytest.approx(abs(l0 / 8 - 1))
+
+
 def test_a_ratio_says_how_many_times_better_ours_is():
     spec = importlib.util.spec_from_file_location("benchmark_common", ROOT / "jobs/benchmarks/common.py")
     assert spec is not None and spec.loader is not None
