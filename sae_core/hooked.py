@@ -62,7 +62,10 @@ class Rerun:
         except KeyError as error:  # HookedTransformer; the bridge says nothing and calls no hook
             if not (error.args and error.args[0] in names):
                 raise
-        if missing := [name for name in names if name not in seen]:
+            missing = [error.args[0]]
+        else:
+            missing = [name for name in names if name not in seen]
+        if missing:
             raise ConfigError(f"hook point {missing[0]!r}: the model has none of this name")
         self.tokens, self.residual, self.as_tuple = tokens, seen["residual"], seen["as_tuple"]
         self.shape = seen[self.hook_point].shape

@@ -219,9 +219,10 @@ class Pack:
         sae = slot.trainer.export(
             slot.member.metadata, tokens=tail, reshape_activations=slot.member.reshape_activations
         )
+        prefixes = getattr(slot.member.settings, "prefix_widths", ())
         summary = {
             "dead_fraction": float(dead.mean()),
-            "dead_fraction_of_prefix": {str(width): float(dead[:width].mean()) for width in sae.prefix_widths},
+            "dead_fraction_of_prefix": {str(width): float(dead[:width].mean()) for width in prefixes},
             "dead_over_tokens": window,
             "tokens": slot.trainer.tokens_seen,
             "code": code_hash(),

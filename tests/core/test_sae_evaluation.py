@@ -22,6 +22,14 @@ HOOK_POINTS = [
     "blocks.2.hook_mlp_out",
     "blocks.1.hook_attn_out",
     "blocks.1.attn.hook_z",
+    "blocks.1.ln2.hook_normalized",
+]
+TRANSCODED = [
+    ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"),
+    ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"),
+    ("blocks.0.hook_resid_mid", "blocks.2.hook_mlp_out"),
+    ("blocks.1.attn.hook_z", "blocks.1.hook_resid_post"),
+    ("hook_embed", "blocks.0.hook_resid_pre"),
 ]
 
 
@@ -66,11 +74,11 @@ def run_replaced(model, hook_point, tokens, replaced):
 
 
 @torch.no_grad()
-def expected_metrics(model, sae, hook_point, tokens, kept):
+def expected_metrics(model, sae, hook_point, tokens, kept, reads=None):
     x_all = activations_of(model, hook_point, tokens)
+    read = x_all if reads is None else activations_of(model, reads, tokens)
     x = x_all[kept].double()
-    f = sae.encode(x_all[kept])
-    x_hat = sae.decode(f).double()
+    f, x_hat = sae.encode(read[kept]), sae(read[kept]).double()
     replaced = x_all.clone()
     replaced[kept] = x_hat.float()
     logits = {
@@ -119,6 +127,45 @@ def test_metrics_equal_a_direct_computation(tiny_model, hook_point, tokens, kept
         assert results[name].metrics() == pytest.approx(expected, rel=2e-3, abs=2e-5)
 
 
+def trained_transcoder(x, y, **settings):
+    training = TrainingSettings(steps=30, batch_tokens=40, lr=3e-3, dead_after_tokens=400)
+    trainer = SAETrainer(
+        parse_settings({"architecture": "topk", "d_sae": 64, "k": 6, **settings}), training, calibrate(x),
+        target_calibration=calibrate(y),
+    )  # fmt: skip
+    for _ in range(training.steps):
+        trainer.train_step(x[:40], y[:40])
+    return trainer.export()
+
+
+@pytest.mark.parametrize(("reads", "writes"), TRANSCODED)
+def test_a_transcoder_is_judged_where_it_writes(tiny_model, reads, writes, tokens, kept):
+    x, y = (activations_of(tiny_model, name, tokens)[kept] for name in (reads, writes))
+    saes = {"plain": trained_transcoder(x, y), "skipping": trained_transcoder(x, y, skip=True)}
+    results = evaluate_rows(tiny_model, saes, reads, tokens, kept, rows_per_forward=2, writes=writes)
+    for name, sae in saes.items():
+        expected = expected_metrics(tiny_model, sae, writes, tokens, kept, reads=reads)
+        assert results[name].metrics() == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    assert results["skipping"].metrics()["mse"] != results["plain"].metrics()["mse"]
+
+
+def test_reading_and_writing_one_hook_point_is_an_saes_evaluation(tiny_model, tokens, kept):
+    name = "blocks.1.hook_mlp_out"
+    sae = trained_sae(activations_of(tiny_model, name, tokens)[kept])
+    results = [evaluate_rows(tiny_model, {"s": sae}, name, tokens, kept, rows_per_forward=5, writes=writes)["s"]
+               for writes in (None, name)]  # fmt: skip
+    assert results[0].metrics() == results[1].metrics()
+
+
+def test_a_reconstruction_of_another_width_is_refused(tiny_model, tokens, kept):
+    reads, writes = "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_post"
+    sae = trained_sae(activations_of(tiny_model, reads, tokens)[kept])
+    with pytest.raises(ConfigError, match=f"SAE 's' reconstructs 32 dimensions, and '{writes}' has 128"):
+        evaluate_rows(tiny_model, {"s": sae}, reads, tokens, kept, rows_per_forward=5, writes=writes)
+    with pytest.raises(ConfigError, match="'blocks.1.hook_nothing': the model has none"):
+        evaluate_rows(tiny_model, {}, "blocks.1.hook_nothing", tokens, kept, rows_per_forward=5, writes=writes)
+
+
 def test_hooked_transformer_gives_the_reference_for_every_hook_point(tokens, kept):
     """There the residual stream has true hooks, hook_resid_mid too: replacing is what it says."""
     with warnings.catch_warnings():
@@ -143,6 +190,13 @@ def test_hooked_transformer_gives_the_reference_for_every_hook_point(tokens, kep
         assert result["ce_sae"] == pytest.approx(ce, rel=1e-4), hook_point
     with pytest.raises(ConfigError, match="none of this name"):
         evaluate_rows(model, {}, "blocks.1.hook_nothing", tokens, kept, rows_per_forward=5)
+    reads, writes = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
+    coder = trained_transcoder(*(activations_of(model, name, tokens)[kept] for name in (reads, writes)))
+    metrics = evaluate_rows(model, {"t": coder}, reads, tokens, kept, rows_per_forward=5, writes=writes)["t"].metrics()
+    expected = expected_metrics(model, coder, writes, tokens, kept, reads=reads)
+    assert metrics == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    with pytest.raises(ConfigError, match="'blocks.1.hook_nothing': the model has none"):
+        evaluate_rows(model, {}, "blocks.1.hook_nothing", tokens, kept, rows_per_forward=5, writes=writes)
 
 
 @pytest.mark.parametrize("hook_point", HOOK_POINTS)

@@ -5,13 +5,16 @@ import torch
 from penstock.activations import from_wire, to_wire
 from penstock.errors import ModelError
 from penstock.model_host import ModelHost, is_out_of_memory, norm_outliers, replace_rows
+from penstock.sites import Site
 from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
+from sae_core import SAETrainer, TrainingSettings, calibrate, parse_settings
 from sae_core.baselines import TopKBasis
 from tiny_models import make_model, write_model
 
 KINDS = ("gpt2", "llama", "neox")
+TRANSCODED = ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
 HOOK_POINTS = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.2.mlp.hook_post")
 
 
@@ -204,6 +207,27 @@ def test_norm_exclusion_keeps_length_and_all_other_rows(folders, store, data):
         np.testing.assert_array_equal(some.harvest(store, limited, 0, [name])[name], cleaned)
 
 
+def test_a_transcoders_arrays_lose_the_same_rows_and_stay_aligned(folders, store, data):
+    """Outliers of either hook point give up their row in both, and an SAE of one of the two gets its own array."""
+    limited = data.model_copy(update={"exclude": data.exclude.model_copy(update={"norm_over_median": 1.05})})
+    some, site = host(folders["gpt2"]), Site(*TRANSCODED)
+    names = [site.array(name, 1.05) for name in site.hook_points]
+    plain = some.harvest(store, data, 0, site.hook_points)
+    cleaned = some.harvest(store, limited, 0, [*names, TRANSCODED[0]])
+    norms = [torch.from_numpy(np.linalg.norm(array, axis=1)) for array in plain.values()]
+    outliers = np.stack([(norm > 1.05 * norm.median()).numpy() for norm in norms])
+    assert (outliers[0] & ~outliers[1]).any() and (outliers[1] & ~outliers[0]).any()
+    either = outliers.any(0)
+    for name, array in zip(names, plain.values(), strict=True):
+        expected = array.copy()
+        expected[either] = array[~either][: either.sum()]
+        np.testing.assert_array_equal(cleaned[name], expected)
+    alone = some.harvest(store, limited, 0, [TRANSCODED[0]])[TRANSCODED[0]]
+    np.testing.assert_array_equal(cleaned[TRANSCODED[0]], alone)
+    assert not np.array_equal(alone, cleaned[names[0]])
+    np.testing.assert_array_equal(some.harvest(store, limited, 0, names[::-1])[names[0]], cleaned[names[0]])
+
+
 # ---- memory ----
 
 
@@ -302,3 +326,50 @@ def test_evaluation_leaves_out_tokens_of_an_unusual_norm(folders, store, data):
     slices = [some.evaluate(store, limited, name, {"same": Same()}, "report", *span)["same"].n_tokens
               for span in ((0, 5), (5, n_rows))]  # fmt: skip
     assert sum(slices) == counted
+
+
+@pytest.mark.parametrize("limit", [None, 1.05])
+def test_a_site_is_evaluated_where_it_writes_on_the_same_tokens_as_the_bases(limit, folders, store, data):
+    exclude = data.exclude.model_copy(update={"norm_over_median": limit})
+    limited, some = data.model_copy(update={"exclude": exclude}), host(folders["gpt2"])
+    n_rows = store.n_rows("report")
+    bases = {"top": TopKBasis(torch.zeros(32), torch.eye(32), 32)}
+    sums = some.evaluate_site(store, limited, Site(*TRANSCODED), {"mlp": MLP()}, bases, "report", 0, n_rows)
+    for name in ("mlp", "top"):  # each knows what is written, from what is read or from itself
+        assert sums[name].metrics()["ce_recovered"] == pytest.approx(1, abs=1e-3)
+        assert sums[name].metrics()["explained_variance"] == pytest.approx(1, abs=1e-4)
+    assert sums["mlp"].n_tokens == sums["top"].n_tokens
+    if limit is not None:
+        kept = [some.evaluate_site(store, limited, Site(name, name), {}, bases, "report", 0, n_rows)["top"].n_tokens
+                for name in TRANSCODED]  # fmt: skip
+        assert sums["mlp"].n_tokens < min(kept)
+    only = some.evaluate_site(store, limited, Site(*TRANSCODED), {}, bases, "report", 0, n_rows)
+    assert only["top"].metrics() == sums["top"].metrics()
+    at_one = some.evaluate_site(store, limited, Site(*TRANSCODED[1:] * 2), {"same": Same()}, bases, "report", 0, n_rows)
+    assert list(at_one) == ["same", "top"]
+
+
+class MLP(torch.nn.Module):
+    """What the model itself makes of what a transcoder reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = make_model("gpt2").transformer.h[1].mlp
+
+    def reconstruct(self, x):
+        return x, self.mlp(x)
+
+
+def test_all_heads_together_are_harvested_trained_on_and_evaluated(folders, store, data):
+    some, name = host(folders["llama"]), "blocks.1.attn.hook_z"
+    x = torch.from_numpy(some.harvest(store, data, 0, [name])[name])
+    settings = parse_settings({"architecture": "topk", "d_sae": 64, "k": 8})
+    trainer = SAETrainer(settings, TrainingSettings(steps=5, batch_tokens=100, dead_after_tokens=100), calibrate(x))
+    for step in range(5):
+        trainer.train_step(x[100 * step : 100 * (step + 1)])
+    sae = trainer.export({"hook_name": name}, reshape_activations="hook_z")
+    metrics = some.evaluate(store, data, name, {"z": sae}, "report", 0, store.n_rows("report"))["z"].metrics()
+    assert metrics["l0"] <= 8 and metrics["ce_recovered"] > 0
+    heads = x[:3].view(3, 4, 8)
+    assert sae(heads).shape == heads.shape
+    torch.testing.assert_close(sae(heads).flatten(1), sae(x[:3]))

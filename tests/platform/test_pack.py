@@ -5,13 +5,15 @@ import torch
 from safetensors.torch import load as load_tensors
 
 import penstock.pack
+from penstock.batches import Schedule
 from penstock.errors import SweepError
 from penstock.pack import Pack, PackMember
 from penstock.storage import Storage
+from penstock.train import last_tokens
 from sae_core import SAE, SAETrainer, TrainingSettings, calibrate, parse_settings
 
-HOOK = "blocks.0.hook_resid_post"
-STEPS, BATCH, D_IN = 12, 32, 8
+HOOK, OUT = "blocks.0.hook_resid_post", "blocks.0.hook_mlp_out"
+STEPS, BATCH, D_IN, D_OUT = 12, 32, 8, 5
 
 
 def batch(step):
@@ -19,11 +21,27 @@ def batch(step):
 
 
 TRAINING = TrainingSettings(steps=STEPS, batch_tokens=BATCH, lr=1e-2, dead_after_tokens=96)
-CALIBRATION = {HOOK: calibrate(torch.cat([batch(step) for step in range(20)]))}
+MAP = torch.randn(D_IN, D_OUT, generator=torch.Generator().manual_seed(99))
+
+
+def target(step):
+    """What a transcoder is to predict: rows of the same tokens at another hook point."""
+    return (batch(step) @ MAP).relu()
+
+
+CALIBRATION = {
+    HOOK: calibrate(torch.cat([batch(step) for step in range(20)])),
+    OUT: calibrate(torch.cat([target(step) for step in range(20)])),
+}
 
 
 def member(name, **settings):
     return PackMember(name, HOOK, HOOK, parse_settings({"d_sae": 16, **settings}), {"hook_name": HOOK})
+
+
+def transcoder(name, **settings):
+    parsed = parse_settings({"d_sae": 16, **settings})
+    return PackMember(name, HOOK, OUT, parsed, {"hook_name": HOOK, "hook_name_out": OUT})
 
 
 TOPK = member("topk", architecture="topk", k=3)
@@ -38,7 +56,7 @@ def make(folder, *members, **options):
 
 def train(pack, until=STEPS):
     for step in range(pack.next_step, until):
-        pack.step(step, {HOOK: batch(step)})
+        pack.step(step, {HOOK: batch(step), OUT: target(step)})
 
 
 def final(folder, name):
@@ -183,3 +201,60 @@ def test_what_is_exported_is_folded_and_loads(tmp_path):
     summary = json.loads((tmp_path / "saes/topk/final/summary.json").read_bytes())
     assert summary["dead_over_tokens"] == STEPS * BATCH // 2
     assert 0 <= summary["dead_fraction"] < 1
+
+
+def test_transcoders_train_beside_saes_on_rows_of_the_same_tokens(tmp_path):
+    plain = transcoder("plain", architecture="topk", k=4)
+    skipping = transcoder("skipping", architecture="standard", l1_coefficient=0.1, skip=True)
+    pack = make(tmp_path / "whole", TOPK, plain, skipping)
+    train(pack)
+    pack.finish()
+    for name in ("plain", "skipping"):
+        sae = SAE.load(tmp_path / "whole" / "saes" / name / "final")
+        assert (sae.d_in, sae.d_out) == (D_IN, D_OUT)
+        assert (sae.cfg.metadata["hook_name"], sae.cfg.metadata["hook_name_out"]) == (HOOK, OUT)
+        before, after = (float((reconstruct(batch(3)) - target(3)).square().sum())
+                         for reconstruct in (lambda x: CALIBRATION[OUT].mean.expand(BATCH, -1), sae))  # fmt: skip
+        assert after < before
+    assert "W_skip" in final(tmp_path / "whole", "skipping")
+    first = make(tmp_path / "broken", TOPK, plain, skipping)
+    train(first, until=5)
+    first.checkpoint()
+    second = make(tmp_path / "broken", TOPK, plain, skipping)
+    train(second)
+    second.finish()
+    for name in ("topk", "plain", "skipping"):
+        assert_same(final(tmp_path / "whole", name), final(tmp_path / "broken", name))
+
+
+def test_thresholds_are_calibrated_on_the_last_tokens_of_the_run(tmp_path):
+    tails = {HOOK: torch.cat([batch(step) for step in range(STEPS - 4, STEPS)])}
+    batch_topk = member("batch_topk", architecture="batch_topk", k=3)
+    pack = make(tmp_path, batch_topk)
+    train(pack)
+    pack.finish(tails)
+    sae = SAE.load(tmp_path / "saes/batch_topk/final")
+    assert float((sae.encode(tails[HOOK]) != 0).sum(1).float().mean()) == pytest.approx(3, abs=0.1)
+
+
+def test_the_last_tokens_are_those_before_the_end_of_the_run():
+    schedule = Schedule((100, 100), 32, 5)  # three batches a block: the last step is the second of block 1
+    assert last_tokens(schedule) == slice(0, 64)
+    assert last_tokens(Schedule((20_000,), 100, 150)) == slice(15_000 - 8192, 15_000)
+
+
+def test_dead_latents_of_a_prefix_are_counted_apart(tmp_path):
+    pack = make(tmp_path, member("nested", architecture="matryoshka", k=3, widths=[4, 16]))
+    train(pack)
+    pack.finish({HOOK: batch(STEPS - 1)})
+    summary = json.loads((tmp_path / "saes/nested/final/summary.json").read_bytes())
+    [(width, dead)] = summary["dead_fraction_of_prefix"].items()
+    assert width == "4" and dead * 4 <= summary["dead_fraction"] * 16
+
+
+def test_an_sae_of_all_heads_says_how_its_activations_come(tmp_path):
+    of_heads = PackMember("heads", HOOK, HOOK, TOPK.settings, {}, reshape_activations="hook_z")
+    pack = make(tmp_path, of_heads)
+    train(pack)
+    pack.finish()
+    assert json.loads((tmp_path / "saes/heads/final/cfg.json").read_text())["reshape_activations"] == "hook_z"
