@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_core import ARCHITECTURES, SAE, CheckpointError, SAEConfig
-from sae_core.normalization import PER_TOKEN
+from sae_core import ARCHITECTURES, SAE, CheckpointError, SAEConfig, calibrate
+from sae_core.normalization import PER_TOKEN, Normalizer, Whitening
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -209,6 +209,26 @@ def test_their_training_checkpoints_load_as_what_they_export(case, subtracts, no
         assert ours.cfg.architecture == theirs.cfg.architecture()
         assert ours.cfg.normalize_activations == (normalize if normalize in PER_TOKEN else "none")
         assert_alike(ours, theirs, x)
+
+
+def test_scale_and_whitening_are_theirs_on_the_same_activations():
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    x = activations(2048)
+    scaler, calibration = ActivationScaler(), calibrate(x)
+    scaler.estimate_scaling_factor(D_IN, iter(x.split(64)), 32)
+    assert calibration.scale == pytest.approx(scaler.scaling_factor, rel=1e-6)
+    scaler = ActivationScaler()
+    scaler.estimate_whitening(D_IN, iter(x.split(64)), 32)
+    ours, theirs = Whitening.of(calibration), scaler.whitening
+    torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-6, atol=1e-6)
+    # directions may be mirrored, and they divide by n - 1 where this library divides by n
+    covariance = ours.inverse.T @ ours.inverse - 1e-3 * torch.eye(D_IN)
+    their_covariance = theirs.inverse_matrix.T @ theirs.inverse_matrix - 1e-3 * torch.eye(D_IN)
+    torch.testing.assert_close(covariance * (2048 / 2047), their_covariance, rtol=1e-5, atol=1e-5)
+    z = Normalizer("covariance_whitening", calibration, torch.device("cpu"))(x).double()
+    theirs_z = scaler(x.double())
+    torch.testing.assert_close(z.abs(), theirs_z.abs(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_checkpoint_whose_scale_is_wrong_is_refused(tmp_path):
