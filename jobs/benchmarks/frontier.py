@@ -66,6 +66,8 @@ KS = (3, 4, 8, 16, 32, 40)
 L1 = {"plain": [{"l1_coefficient": value} for value in (0.5, 1, 2, 4, 8, 16)]}
 TOPK = {"plain": [{"k": k} for k in KS]}
 MATRYOSHKA = {"plain": [{"k": k, "widths": list(WIDTHS)} for k in KS]}
+# Beside SAELens' defaults (0.05, 0.01): its gradient to thresholds reaches further.
+WIDE = {"jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
 VARIANTS: dict[str, dict[Side, dict[str, list[dict[str, Any]]]]] = {
     "standard": {"ours": L1, "theirs": L1},
     "gated": {"ours": L1, "theirs": L1},
@@ -76,6 +78,7 @@ VARIANTS: dict[str, dict[Side, dict[str, list[dict[str, Any]]]]] = {
         "ours": {"target": [{"target_l0": k} for k in KS]},
         "theirs": {
             "step": [{"l0_coefficient": value} for value in (0.1, 0.3, 1, 3, 10)],
+            "step, wide": [{"l0_coefficient": value, **WIDE} for value in (0.1, 0.3, 1, 3, 10)],
             "quadratic": [{"target_l0": k, "jumprelu_sparsity_loss_mode": "quadratic"} for k in KS],
         },
     },

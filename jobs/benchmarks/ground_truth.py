@@ -42,7 +42,7 @@ N_FEATURES, D_IN, N_TREES, CHILDREN = 128, 48, 16, 3
 SCHEDULE = Schedule(steps=1500, batch_tokens=512, lr_warm_up_steps=50, lr_decay_steps=300, dead_after_tokens=50_000,
                     coefficient_warm_up_steps=300)  # fmt: skip
 EVALUATED, AT_ONCE = 40_000, 8_000
-LRS = (1e-3, 3e-3, 1e-2)
+LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 FIGURES = {"mcc": "MCC", "precision": "precision", "recall": "recall", "absorption": "absorption"}
 LESS_IS_BETTER = ("absorption",)
 AROUND = (0.5, 1.0, 2.0)  # times the true L0
@@ -50,6 +50,8 @@ KS = (2, 3, 5, 7, 10)  # the true L0 is 4.6
 L1 = {"plain": [{"l1_coefficient": value} for value in (1, 2, 4, 6, 9)]}
 TOPK = {"plain": [{"k": k} for k in KS]}
 MATRYOSHKA = {"plain": [{"k": k, "widths": [16, 32, 64, 128]} for k in KS]}
+# Beside SAELens' defaults (0.05, 0.01): its gradient to thresholds reaches further.
+WIDE = {"jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
 VARIANTS: dict[str, dict[Side, dict[str, list[dict[str, Any]]]]] = {
     "standard": {"ours": L1, "theirs": L1},
     "gated": {"ours": L1, "theirs": L1},
@@ -60,6 +62,7 @@ VARIANTS: dict[str, dict[Side, dict[str, list[dict[str, Any]]]]] = {
         "ours": {"target": [{"target_l0": k} for k in KS]},
         "theirs": {
             "step": [{"l0_coefficient": value} for value in (0.3, 0.6, 1, 2, 4)],
+            "step, wide": [{"l0_coefficient": value, **WIDE} for value in (0.3, 0.6, 1, 2, 4)],
             "quadratic": [{"target_l0": k, "jumprelu_sparsity_loss_mode": "quadratic"} for k in KS],
         },
     },
@@ -255,7 +258,8 @@ def main() -> None:
     results = []
     for architecture, side in product(arguments.architectures, SIDES):
         results.append(run(side, architecture, arguments.lr, arguments.seeds, schedule, task))
-        print(f"{architecture}, {side}: {results[-1].variant} lr {results[-1].lr:g}", flush=True)
+        scores = ", ".join(f"{name}: {score:.3f}" for name, score in results[-1].tuning.items())
+        print(f"{architecture}, {side}: MCC at the true L0 by variant and lr: {scores}", flush=True)
     rows = compare(results, task.true_l0)
     versions = {name: version(name) for name in ("penstock", "sae-lens", "torch")}
     _print_tables(task, results, rows, arguments.seeds)
