@@ -5,6 +5,7 @@ import torch
 
 from sae_cases import SETTINGS, Data, make_data
 from sae_core import SAETrainer, TrainingSettings, parse_settings
+from sae_sites import ALL, Site
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,11 @@ def training() -> TrainingSettings:
 @pytest.fixture
 def trainer(settings, training, data) -> SAETrainer:
     return SAETrainer(settings, training, data.calibration)
+
+
+@pytest.fixture(params=ALL, ids="-".join)
+def site(request, data) -> Site:
+    return Site.make(*request.param, data)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""What every architecture must do. A new one gets its settings in sae_cases.SETTINGS and must pass all of this."""
+"""What every architecture must do. A new one gets its settings in sae_cases.SETTINGS and must pass all of this.
+
+Tests that take `site` are made at every kind of site that the architecture can be trained at (see sae_sites.py), the
+others of the SAE alone.
+"""
 
 import pytest
 import torch
@@ -43,14 +47,14 @@ def test_start_is_the_mean_and_a_tied_decoder(trainer, data):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), norm)
 
 
-def test_start_depends_on_the_seed_alone(settings, training, data):
+def test_start_depends_on_the_seed_alone(site, training):
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first = SAETrainer(settings, training, data.calibration).state()
+    first = site.trainer(training).state()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
-    assert equal_states(SAETrainer(settings, training, data.calibration).state(), first)
-    other = SAETrainer(settings.model_copy(update={"seed": 1}), training, data.calibration).state()
+    assert equal_states(site.trainer(training).state(), first)
+    other = site.trainer(training, seed=1).state()
     assert not torch.equal(other["weights.W_dec"], first["weights.W_dec"])
 
 
@@ -79,56 +83,59 @@ def test_metrics_are_those_of_the_weights_before_the_step(trainer, data):
     assert metrics["explained_variance"] == pytest.approx((1 - mse / variance).item(), abs=1e-4)
 
 
-def test_asking_for_metrics_changes_nothing(settings, training, data):
-    quiet, talking = (SAETrainer(settings, training, data.calibration) for _ in range(2))
+def test_asking_for_metrics_changes_nothing(site, training):
+    quiet, talking = (site.trainer(training) for _ in range(2))
     for step in range(4):
-        quiet.train_step(data.batch(step))
-        talking.train_step(data.batch(step), want_metrics=True)
+        quiet.train_step(*site.batch(step))
+        talking.train_step(*site.batch(step), want_metrics=True)
     assert equal_states(quiet.state(), talking.state())
 
 
-def test_two_runs_are_equal_bit_for_bit(settings, training, data):
-    trainers = [SAETrainer(settings, training, data.calibration) for _ in range(2)]
+def test_two_runs_are_equal_bit_for_bit(site, training):
+    trainers = [site.trainer(training) for _ in range(2)]
     for trainer in trainers:
-        run(trainer, data, 20)
+        site.run(trainer, 20)
     assert equal_states(trainers[0].state(), trainers[1].state())
 
 
-def test_a_neighbour_changes_nothing(settings, training, data):
-    alone, beside, neighbour = (SAETrainer(settings, training, data.calibration) for _ in range(3))
-    run(alone, data, 6)
+def test_a_neighbour_changes_nothing(site, training):
+    alone, beside, neighbour = (site.trainer(training) for _ in range(3))
+    site.run(alone, 6)
     for step in range(6):
-        neighbour.train_step(data.batch(step) * 1.5)
-        beside.train_step(data.batch(step))
+        neighbour.train_step(*(side * 1.5 for side in site.batch(step)))
+        beside.train_step(*site.batch(step))
     assert equal_states(alone.state(), beside.state())
 
 
-def test_the_batch_is_only_read(trainer, data):
-    x = data.batch(0).clone()
-    trainer.train_step(x, want_metrics=True)
-    assert torch.equal(x, data.batch(0))
+def test_the_batch_is_only_read(site, training):
+    trainer = site.trainer(training)
+    batch = [side.clone() for side in site.batch(0)]
+    trainer.train_step(*batch, want_metrics=True)
+    assert all(torch.equal(side, kept) for side, kept in zip(batch, site.batch(0), strict=True))
 
 
-def test_resumed_training_is_uninterrupted_training(settings, training, data):
-    whole, first, second = (SAETrainer(settings, training, data.calibration) for _ in range(3))
-    run(whole, data, 20)
-    run(first, data, 11)
+def test_resumed_training_is_uninterrupted_training(site, training):
+    whole, first, second = (site.trainer(training) for _ in range(3))
+    site.run(whole, 20)
+    site.run(first, 11)
     second.load_state(first.state())
     assert equal_states(second.state(), first.state())
     assert (second.steps_done, second.tokens_seen) == (11, 352)
-    run(second, data, 9)
+    site.run(second, 9)
     assert equal_states(second.state(), whole.state())
 
 
-def test_state_is_a_copy(trainer, data):
+def test_state_is_a_copy(site, training):
+    trainer = site.trainer(training)
     state = trainer.state()
     kept = {name: tensor.clone() for name, tensor in state.items()}
-    run(trainer, data, 2)
+    site.run(trainer, 2)
     assert equal_states(state, kept)
 
 
-def test_wrong_states_are_refused_and_change_nothing(trainer, data):
-    run(trainer, data, 2)
+def test_wrong_states_are_refused_and_change_nothing(site, training):
+    trainer = site.trainer(training)
+    site.run(trainer, 2)
     state = trainer.state()
     lacking = {name: tensor for name, tensor in state.items() if name != "adam.exp_avg.W_dec"}
     misshapen = {**state, "weights.W_enc": state["weights.W_enc"].T.contiguous()}
@@ -141,21 +148,21 @@ def test_wrong_states_are_refused_and_change_nothing(trainer, data):
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [32, 8, 7])
-def test_micro_batches_are_the_same_maths(settings, training, data, micro_batch_tokens):
-    whole = SAETrainer(settings, training, data.calibration)
-    parts = SAETrainer(settings, training, data.calibration, micro_batch_tokens=micro_batch_tokens)
+def test_micro_batches_are_the_same_maths(site, training, micro_batch_tokens):
+    whole = site.trainer(training)
+    parts = site.trainer(training, micro_batch_tokens)
     for step in range(8):
-        a = whole.train_step(data.batch(step), want_metrics=True)
-        b = parts.train_step(data.batch(step), want_metrics=True)
+        a = whole.train_step(*site.batch(step), want_metrics=True)
+        b = parts.train_step(*site.batch(step), want_metrics=True)
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     for name, tensor in whole.state().items():
         torch.testing.assert_close(parts.state()[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_that_fails_can_be_repeated(settings, training, data, monkeypatch):
-    smooth, bumpy = (SAETrainer(settings, training, data.calibration, micro_batch_tokens=8) for _ in range(2))
-    run(smooth, data, 5)
-    run(bumpy, data, 4)
+def test_a_step_that_fails_can_be_repeated(site, training, monkeypatch):
+    smooth, bumpy = (site.trainer(training, micro_batch_tokens=8) for _ in range(2))
+    site.run(smooth, 5)
+    site.run(bumpy, 4)
     before = bumpy.state()
     real, calls = bumpy.sae.accumulate_gradients, []
 
@@ -167,19 +174,20 @@ def test_a_step_that_fails_can_be_repeated(settings, training, data, monkeypatch
 
     monkeypatch.setattr(bumpy.sae, "accumulate_gradients", out_of_memory_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
-        bumpy.train_step(data.batch(4))
+        bumpy.train_step(*site.batch(4))
     assert equal_states(bumpy.state(), before)
-    bumpy.train_step(data.batch(4))
+    bumpy.train_step(*site.batch(4))
     assert equal_states(bumpy.state(), smooth.state())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
-def test_divergence_is_seen_and_stays(trainer, data, bad):
-    run(trainer, data, 1)
+def test_divergence_is_seen_and_stays(site, training, bad):
+    trainer = site.trainer(training)
+    site.run(trainer, 1)
     assert not trainer.diverged
-    trainer.train_step(torch.full((32, 16), bad))
+    trainer.train_step(*(torch.full_like(side, bad) for side in site.batch(1)))
     assert trainer.diverged
-    trainer.train_step(data.batch(2))
+    trainer.train_step(*site.batch(2))
     assert trainer.diverged
 
 
@@ -205,44 +213,46 @@ def test_export_is_the_trained_function_on_raw_activations(trainer, data):
     assert sae.cfg.metadata["sae_settings"] == trainer.settings.model_dump(mode="json")
 
 
-def test_saved_and_loaded_is_the_same_function(trainer, data, tmp_path):
-    run(trainer, data, 5)
+def test_saved_and_loaded_is_the_same_function(site, training, tmp_path):
+    trainer = site.trainer(training)
+    site.run(trainer, 5)
     sae = trainer.export({"hook_name": "blocks.1.hook_resid_pre"})
     sae.save(tmp_path / "sae", sparsity=trainer.sparsity())
     loaded = SAE.load(tmp_path / "sae")
     assert type(loaded) is type(sae)
-    assert torch.equal(loaded.encode(data.x), sae.encode(data.x))
-    assert torch.equal(loaded(data.x), sae(data.x))
+    assert torch.equal(loaded.encode(site.data.x), sae.encode(site.data.x))
+    assert torch.equal(loaded(site.data.x), sae(site.data.x))
     assert loaded.cfg.metadata.items() >= sae.cfg.metadata.items()
 
 
-def test_encoding_and_exporting_change_nothing(trainer, data):
-    run(trainer, data, 3)
+def test_encoding_and_exporting_change_nothing(site, training):
+    trainer = site.trainer(training)
+    site.run(trainer, 3)
     before = trainer.state()
-    trainer.sae(data.x)
-    trainer.export().encode(data.x)
+    trainer.sae(site.data.x)
+    trainer.export().encode(site.data.x)
     trainer.sparsity()
     assert equal_states(trainer.state(), before)
 
 
-def test_encode_is_differentiable_in_its_input(trainer, data):
-    x = data.x[:8].clone().requires_grad_()
+def test_encode_is_differentiable_in_its_input(site, training):
+    trainer = site.trainer(training)
+    x = site.data.x[:8].clone().requires_grad_()
     trainer.export()(x).square().sum().backward()
     assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
 
 
-def test_a_frozen_decoder_stays(settings, training, data):
-    frozen = settings.model_copy(update={"frozen_decoder": True})
-    trainer = SAETrainer(frozen, training, data.calibration)
+def test_a_frozen_decoder_stays(site, training):
+    trainer = site.trainer(training, frozen_decoder=True)
     before = trainer.state()
     torch.testing.assert_close(before["weights.W_dec"].norm(dim=1), torch.ones(48))
-    run(trainer, data, 10)
+    site.run(trainer, 10)
     after = trainer.state()
     assert torch.equal(after["weights.W_dec"], before["weights.W_dec"])
     assert "adam.exp_avg.W_dec" not in after
     for name in ("W_enc", "b_dec"):
         assert not torch.equal(after[f"weights.{name}"], before[f"weights.{name}"])
-    resumed = SAETrainer(frozen, training, data.calibration)
+    resumed = site.trainer(training, frozen_decoder=True)
     resumed.load_state(after)
     assert equal_states(resumed.state(), after)
 
@@ -252,8 +262,9 @@ def test_lr_of_the_settings_overrides_the_trainings(settings, training, data):
     assert fast.train_step(data.batch(0), want_metrics=True)["lr"] == pytest.approx(1 / 3)
 
 
-def test_half_precision_activations_are_accepted(trainer, data):
-    metrics = trainer.train_step(data.batch(0).bfloat16(), want_metrics=True)
+def test_half_precision_activations_are_accepted(site, training):
+    trainer = site.trainer(training)
+    metrics = trainer.train_step(*(side.bfloat16() for side in site.batch(0)), want_metrics=True)
     assert metrics["explained_variance"] < 1
 
 
