@@ -1,6 +1,6 @@
 """What is done about dead latents: those that have fired on none of the last `dead_after_tokens` tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,24 +23,76 @@ def accumulate_aux_k(
     Source: Gao et al., arXiv 2406.04093, appendix A.2; ranked by pre_i * ||W_dec_i|| as the living ones are.
     """
     dead = context.dead.nonzero().squeeze(1)
-    k_aux, weight = aux_k_scale(len(dead), sae.d_in, context.coefficient)
+    loss, d_bias = _aux_k(sae, dead, sae.b_enc[dead], context.coefficient, x_centred, error, gradients, context)
+    _add_rows(gradients, "b_enc", dead, d_bias)
+    if sae.cfg.apply_b_dec_to_input:
+        gradients.add("b_dec", -(d_bias @ sae.W_enc.T[dead]))
+    return loss
+
+
+def accumulate_revival(
+    sae: TrainableSAE,
+    biases: Mapping[str, Tensor],
+    aux_coefficient: float,
+    pre_act_coefficient: float,
+    x_centred: Tensor,
+    error: Tensor,
+    gradients: Gradients,
+    context: StepContext,
+) -> Tensor:
+    """Add the gradients of two losses that revive latents whose biases an L1 penalty has closed, and return their sum.
+    With u = x_centred W_enc (its b_dec is a constant here), nothing but dead latents' weights gets a gradient.
+
+    - AuxK (see `accumulate_aux_k`) with u in place of the pre-activation, weight `aux_coefficient`: rows of W_enc and
+      W_dec turn to what the living latents leave, whether or not they fire. With its bias no dead latent would take
+      part.
+    - `pre_act_coefficient` * mean over tokens of the sum over dead i of ReLU(-(growth_i u_i + bias_i)) ||W_dec_i||, for
+      each of `biases` (name to growth [d_sae]), with everything but the bias constant: closed biases rise until the
+      latent fires.
+
+    The second is the loss on dead latents of Anthropic, "Circuits Updates - January 2025", for biases only: that it
+    also turns W_enc rows to the mean token costs explained variance at equal L0 (see standard.py).
+    """
+    dead = context.dead.nonzero().squeeze(1)
+    loss = error.new_zeros(())
+    if aux_coefficient > 0:
+        free = sae.W_enc.new_zeros(len(dead))
+        loss = loss + _aux_k(sae, dead, free, aux_coefficient, x_centred, error, gradients, context)[0]
+    if pre_act_coefficient > 0:
+        weight = sae.W_dec[dead].norm(dim=1) * (pre_act_coefficient / context.batch_tokens)
+        u = x_centred @ sae.W_enc[:, dead]
+        for name, growth in biases.items():
+            gap = torch.relu(-torch.addcmul(getattr(sae, name)[dead], u, growth[dead]))
+            _add_rows(gradients, name, dead, -weight * (gap > 0).sum(0))
+            loss = loss + (gap.sum(0) * weight).sum()
+    return loss
+
+
+def _aux_k(
+    sae: TrainableSAE,
+    dead: Tensor,
+    bias: Tensor,
+    coefficient: float,
+    x_centred: Tensor,
+    error: Tensor,
+    gradients: Gradients,
+    context: StepContext,
+) -> tuple[Tensor, Tensor]:
+    """AuxK of the latents `dead` [n], with encoder biases `bias` [n]: its loss and the gradient of `bias`; those of
+    W_dec and W_enc are added."""
+    k_aux, weight = aux_k_scale(len(dead), sae.d_in, coefficient)
     W_dec, W_enc_rows = sae.W_dec[dead], sae.W_enc.T[dead]
     norms = W_dec.norm(dim=1).clamp_min_(1e-12)
     scaled = (W_enc_rows * norms[:, None]).T
-    selection = TopK(k_aux, len(dead))
-    active, ranks = encode(x_centred, scaled, sae.b_enc[dead] * norms, selection, context.encoder_dtype)
+    active, ranks = encode(x_centred, scaled, bias * norms, TopK(k_aux, len(dead)), context.encoder_dtype)
     z = active.scale(ranks, 1 / norms)
     aux_error = active.decode(z, W_dec).add_(error)
 
     d_out = aux_error * (2 * weight / context.batch_tokens)
     d_pre = active.row_dots(d_out, W_dec)
-    d_bias = active.per_latent(d_pre)
     _add_rows(gradients, "W_dec", dead, active.latent_sums(z, d_out))
     _add_rows(gradients, "W_enc", dead, active.latent_sums(d_pre, x_centred))
-    _add_rows(gradients, "b_enc", dead, d_bias)
-    if sae.cfg.apply_b_dec_to_input:
-        gradients.add("b_dec", -(d_bias @ W_enc_rows))
-    return aux_error.square().sum() * (weight / context.batch_tokens)
+    return aux_error.square().sum() * (weight / context.batch_tokens), active.per_latent(d_pre)
 
 
 def accumulate_pre_act(

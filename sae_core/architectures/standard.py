@@ -8,12 +8,13 @@ Source: Bricken et al., "Towards Monosemanticity" (2023), with the decoder norm 
 "Update on how we train SAEs" (Anthropic, April 2024): no constraint on the decoder's rows is needed.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from sae_core.dead import accumulate_revival
 from sae_core.kernels import Above, encode
 from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
@@ -24,6 +25,8 @@ class StandardSettings(SAESettings):
     architecture: Literal["standard"] = "standard"
     l1_coefficient: float = Field(gt=0)
     l1_warm_up_steps: int = Field(default=0, ge=0)
+    aux_coefficient: float = Field(default=1.0, ge=0)
+    pre_act_coefficient: float = Field(default=0.03, ge=0)
     skip: bool = False
 
     def coefficient_at(self, step: int) -> float:
@@ -41,6 +44,7 @@ class StandardSAE(TrainableSAE):
     # Unit rows, not the 0.1 of the source: latents that start weak stay weakly active for thousands of steps. On a
     # small GPT-2, l1 1, 2000 steps of 512 tokens: L0 30 at explained variance 0.965, where 0.1 gave L0 78 at 0.967.
     decoder_norm_at_start = 1.0
+    revives_dead = True
     can_transcode = True
     b_enc: Tensor
 
@@ -65,4 +69,10 @@ class StandardSAE(TrainableSAE):
         gradients.add("b_enc", self.add_encoder_gradients(gradients, active, d_pre, x_centred))
 
         loss = error.square().sum() / context.batch_tokens + l1 * (f_sums * norms).sum()
+        if context.dead is not None:
+            settings = cast(StandardSettings, context.settings)
+            loss = loss + accumulate_revival(
+                self, {"b_enc": torch.ones_like(self.b_enc)}, settings.aux_coefficient, settings.pre_act_coefficient,
+                x_centred, error, gradients, context,
+            )  # fmt: skip
         return StepTerms(loss, error, fired=active.per_latent(f.sign()))

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from sae_core import ConfigError, EvaluationSums, SAETrainer, TrainingSettings, parse_settings
+from sae_core import (
+    ConfigError,
+    EvaluationSums,
+    GatedSettings,
+    SAETrainer,
+    StandardSettings,
+    TrainingSettings,
+    parse_settings,
+)
 from sae_core.architectures import BatchTopKSAE, GatedSAE, StandardSAE, TopKSAE
 from sae_core.architectures.jumprelu import JumpReLUSAE
 from sae_core.functional import (
@@ -37,10 +45,11 @@ def make(cls, architecture, **given):
     return cls(cfg, {**weights, "W_enc": W_ENC, "W_dec": W_DEC, **given})
 
 
-def step(sae, coefficient, dead=None, x=X):
+def step(sae, coefficient, dead=None, x=X, settings=None):
     gradients = Gradients(frozenset(name for name, _ in sae.named_parameters()))
     with torch.no_grad():
-        return sae.accumulate_gradients(x, x, gradients, StepContext(len(x), coefficient, dead)), gradients
+        context = StepContext(len(x), coefficient, dead, settings=settings)
+        return sae.accumulate_gradients(x, x, gradients, context), gradients
 
 
 def test_standard_loss():
@@ -53,6 +62,39 @@ def test_standard_loss():
     # minus the sum of d_pre: latent 0, token 0: 2 * 3 * 2 / 2 + 0.5 * 2 / 2 = 6.5; latent 1: 0.25 + 0.25
     assert gradients["b_enc"].tolist() == [6.5, 0.5]
     assert gradients["b_dec"].tolist() == [4 - 6.5, -0.5]
+
+
+def test_standard_loss_with_a_dead_latent():
+    # Latent 1 never fires: f = [[3, 0], [0, 0]], x_hat = [[6, 0], [0, 0]], residuals [[-3, 1], [-1, 2]], errors 10 and
+    # 5; penalties 6 and 0. AuxK without its bias: u = [1, 2], z W_dec = [[0, 1], [0, 2]], errors 9 and 1; k_aux = 1,
+    # weight 2 * min(1 / 1, 1). Lift: the pre-activations are 1 - 4 and 2 - 4, so the mean gap is 2.5.
+    given = dict(d_sae=2, l1_coefficient=0.5)
+    sae, dead = make(StandardSAE, "standard", b_enc=torch.tensor([0.0, -4.0])), torch.tensor([False, True])
+    settings = StandardSettings(**given, aux_coefficient=2.0, pre_act_coefficient=0.1)
+    terms, gradients = step(sae, 0.5, dead, settings=settings)
+    alive = 15 / 2 + 0.5 * 6 / 2
+    assert terms.loss.item() == pytest.approx(alive + 2 * 10 / 2 + 0.1 * 2.5)
+    assert gradients["b_enc"][1].item() == pytest.approx(-0.1)
+    # through AuxK alone: z * 2 * weight * (z W_dec - residual) / 2, where that is left in the first coordinate
+    assert gradients["W_dec"][1].tolist() == pytest.approx([2 * 2 * (1 * 3 + 2 * 1) / 2, 0])
+    off = StandardSettings(**given, aux_coefficient=0.0, pre_act_coefficient=0.0)
+    assert step(sae, 0.5, dead, settings=off)[0].loss.item() == pytest.approx(alive)
+
+
+def test_gated_lifts_the_gate_and_the_magnitude():
+    # u = [[3, 1], [-1, 2]]; latent 1 is shut by both biases: gates 1 - 4, 2 - 4; magnitudes 2 - 3 and 4 - 3 (r_mag =
+    # log 2), of which one is open
+    sae = make(
+        GatedSAE, "gated", b_gate=torch.tensor([0.0, -4.0]), b_mag=torch.tensor([0.0, -3.0]),
+        r_mag=torch.full((2,), math.log(2)),
+    )  # fmt: skip
+    dead = torch.tensor([False, True])
+    settings = GatedSettings(d_sae=2, l1_coefficient=0.5, aux_coefficient=0.0, pre_act_coefficient=0.1)
+    terms, gradients = step(sae, 0.5, dead, settings=settings)
+    expected = step(sae, 0.5)[0].loss.item() + 0.1 * (3 + 2) / 2 + 0.1 * (1 + 0) / 2
+    assert terms.loss.item() == pytest.approx(expected)
+    assert gradients["b_gate"][1].item() == pytest.approx(-0.1)
+    assert gradients["b_mag"][1].item() == pytest.approx(-0.05)
 
 
 def test_standard_encode_subtracts_the_decoder_bias():

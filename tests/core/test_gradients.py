@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from sae_cases import SETTINGS
-from sae_core import ARCHITECTURES, JumpReLUSettings, SAETrainer, parse_settings
+from sae_core import ARCHITECTURES, GatedSettings, JumpReLUSettings, SAETrainer, StandardSettings, parse_settings
 from sae_core.kernels import Above, DenseActive, SparseActive, active, encode, select
 from sae_core.sae import Gradients, SAEConfig, StepContext
 
 D_IN, D_SAE, TOKENS = 6, 10, 16
+REVIVAL = {
+    "standard": StandardSettings(d_sae=D_SAE, l1_coefficient=0.7, aux_coefficient=0.6, pre_act_coefficient=0.3),
+    "gated": GatedSettings(d_sae=D_SAE, l1_coefficient=0.7, aux_coefficient=0.6, pre_act_coefficient=0.3),
+}
 JUMPRELU = JumpReLUSettings(d_sae=D_SAE, l0_coefficient=0.7, bandwidth=0.8, pre_act_coefficient=0.3)
 
 
@@ -28,7 +32,8 @@ def plain_standard(w, x, coefficient, dead):
     f = torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
     x_hat = f @ w["W_dec"] + w["b_dec"]
     penalty = (f * w["W_dec"].norm(dim=1)).sum(1).mean()
-    return (x_hat - x).square().sum(1).mean() + coefficient * penalty
+    revival = plain_revival(w, x, x_hat, dead, lambda u: [u + w["b_enc"]], REVIVAL["standard"])
+    return (x_hat - x).square().sum(1).mean() + coefficient * penalty + revival
 
 
 def plain_gated(w, x, coefficient, dead):
@@ -37,7 +42,24 @@ def plain_gated(w, x, coefficient, dead):
     x_hat = ((gate > 0) * torch.relu(magnitude)) @ w["W_dec"] + w["b_dec"]
     via_gate = torch.relu(gate) @ w["W_dec"].detach() + w["b_dec"].detach()
     penalty = (torch.relu(gate) * w["W_dec"].detach().norm(dim=1)).sum(1).mean()
-    return ((x_hat - x).square() + (via_gate - x).square()).sum(1).mean() + coefficient * penalty
+    r_mag = w["r_mag"].detach()
+    revival = plain_revival(
+        w, x, x_hat, dead, lambda u: [u + w["b_gate"], u * r_mag.exp() + w["b_mag"]], REVIVAL["gated"]
+    )
+    return ((x_hat - x).square() + (via_gate - x).square()).sum(1).mean() + coefficient * penalty + revival
+
+
+def plain_revival(w, x, x_hat, dead, pre_activations, settings):
+    if dead is None:
+        return 0.0
+    u = (x - w["b_dec"].detach()) @ w["W_enc"]
+    n_dead, most = int(dead.sum()), D_IN // 2
+    ranks = (u * w["W_dec"].norm(dim=1)).masked_fill(~dead, -torch.inf)
+    z = torch.relu(u) * keep(ranks, min(most, n_dead))
+    aux = (z @ w["W_dec"] - (x - x_hat).detach()).square().sum(1).mean()
+    norms = w["W_dec"].norm(dim=1).detach()
+    lift = sum((torch.relu(-pre) * norms)[:, dead].sum(1).mean() for pre in pre_activations(u.detach()))
+    return settings.aux_coefficient * min(n_dead / most, 1) * aux + settings.pre_act_coefficient * lift
 
 
 def plain_pre(w, x):
@@ -123,7 +145,7 @@ FIELDS = {  # of the configuration
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_gradients_equal_autograd_of_the_plain_formula(architecture, n_dead, path, monkeypatch):
     monkeypatch.setitem(active.SPARSE_BELOW, "cpu", {"dense": 0.0, "sparse": 2.0}[path])
-    settings = JUMPRELU if architecture == "jumprelu" else None
+    settings = {"jumprelu": JUMPRELU, **REVIVAL}.get(architecture)
     check_gradients(make_sae(architecture, **FIELDS.get(architecture, {})), PLAIN[architecture], n_dead, settings)
 
 
