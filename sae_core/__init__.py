@@ -9,7 +9,8 @@ from typing import Any
 _MODULES = {
     "architectures": [
         "ARCHITECTURES", "BatchTopKSAE", "BatchTopKSettings", "GatedSAE", "GatedSettings", "JumpReLUSAE",
-        "JumpReLUSettings", "StandardSAE", "StandardSettings", "TopKSAE", "TopKSettings", "parse_settings",
+        "JumpReLUSettings", "MatryoshkaSAE", "MatryoshkaSettings", "StandardSAE", "StandardSettings", "TopKSAE",
+        "TopKSettings", "parse_settings",
     ],
     "baselines": ["TopKBasis"],
     "errors": ["CheckpointError", "ConfigError", "UserError"],

@@ -9,6 +9,7 @@ from typing import Any
 from sae_core.architectures.batch_topk import BatchTopKSAE, BatchTopKSettings
 from sae_core.architectures.gated import GatedSAE, GatedSettings
 from sae_core.architectures.jumprelu import JumpReLUSAE, JumpReLUSettings
+from sae_core.architectures.matryoshka import MatryoshkaSAE, MatryoshkaSettings
 from sae_core.architectures.standard import StandardSAE, StandardSettings
 from sae_core.architectures.topk import TopKSAE, TopKSettings
 from sae_core.errors import ConfigError
@@ -20,6 +21,7 @@ ARCHITECTURES: dict[str, type[TrainableSAE]] = {
     "gated": GatedSAE,
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
+    "matryoshka": MatryoshkaSAE,
     "jumprelu": JumpReLUSAE,
 }
 
@@ -50,6 +52,8 @@ __all__ = [
     "GatedSettings",
     "JumpReLUSAE",
     "JumpReLUSettings",
+    "MatryoshkaSAE",
+    "MatryoshkaSettings",
     "StandardSAE",
     "StandardSettings",
     "TopKSAE",

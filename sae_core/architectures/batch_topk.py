@@ -30,7 +30,7 @@ from sae_core.settings import SAESettings
 # Batches in the running mean of their thresholds.
 HORIZON = 10
 # A threshold is set this share below the smallest active value, which rounding could move below it otherwise.
-BELOW = 1e-5
+BELOW = 1e-6
 TOKENS_AT_ONCE = 4096
 
 

@@ -27,6 +27,7 @@ Gemma Scope 2 reaches an L0 with the penalty (2 / T) (L0 - T)^2; its strength th
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from math import log
 from typing import Any, Literal, cast
 
@@ -35,6 +36,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sae_core.dead import accumulate_pre_act
+from sae_core.errors import CheckpointError, ConfigError
 from sae_core.functional import jumprelu
 from sae_core.kernels import Above, batch_top_threshold, encode
 from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
@@ -200,3 +202,38 @@ class JumpReLUSAE(TrainableSAE):
             factor = batch_top_threshold(parts, self.W_enc * inverse, self.b_enc * inverse, n_active)
             threshold = threshold * factor * (1 - BELOW)
         return self.replaced({"threshold": threshold})
+
+    # ---- prefixes of what was trained as a Matryoshka SAE ----
+
+    @property
+    def prefix_widths(self) -> tuple[int, ...]:
+        """Widths below d_sae, as the metadata have them; CheckpointError if those cannot be."""
+        if "matryoshka" not in self.cfg.metadata:
+            return ()
+        match self.cfg.metadata["matryoshka"]:
+            case {"widths": [*widths]} if (
+                all(type(width) is int and width > 0 for width in widths)
+                and all(narrow < wide for narrow, wide in pairwise(widths))
+                and widths[-1:] == [self.d_sae]
+            ):
+                return tuple(widths[:-1])
+            case given:
+                raise CheckpointError(
+                    f"metadata.matryoshka is {given!r}; accepted is an object whose widths increase up to d_sae "
+                    f"({self.d_sae})"
+                )
+
+    def prefix(self, width: int) -> "JumpReLUSAE":
+        """The first `width` latents as an SAE of its own, which its metadata say it is of (`prefix_of`: d_sae of the
+        whole). ConfigError for a width that is none of `prefix_widths`.
+
+        Thresholds stay: the prefix was trained with those of its latents active that reach the one threshold of all.
+        """
+        if width not in self.prefix_widths:
+            raise ConfigError(f"no prefix has width {width}; accepted: {', '.join(map(str, self.prefix_widths))}")
+        nested, n = self.cfg.metadata["matryoshka"], self.prefix_widths.index(width) + 1
+        nested = {name: values[:n] for name, values in nested.items() if isinstance(values, list)}
+        weights = {name: getattr(self, name)[:width].clone() for name in ("W_dec", "b_enc", "threshold")}
+        weights["W_enc"] = self.W_enc[:, :width].contiguous()
+        metadata = {"prefix_of": self.d_sae, **self.cfg.metadata, "matryoshka": nested}
+        return cast(JumpReLUSAE, self.replaced(weights, d_sae=width, metadata=metadata))

@@ -8,6 +8,8 @@ Shapes: B tokens, D = d_in or d_out, F = d_sae, P pairs.
 """
 
 import warnings
+from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from typing import Protocol
 
@@ -44,6 +46,20 @@ class Active(Protocol):
     def shift(self, values: Tensor, by_F: Tensor) -> Tensor:
         """value + by[latent]; entries off the active pairs are not defined afterwards."""
 
+    def by_level(self, widths: Sequence[int]) -> "Levels":
+        """The same pairs and values, with a row for each token and level instead of one for each token: row
+        token * len(widths) + l has the pairs of latents from widths[l - 1] (or 0) on and below widths[l]."""
+
+
+class Levels(Protocol):
+    """What is done by token and level, see `Active.by_level`; matrices of such rows are [B L, D]."""
+
+    def decode(self, values: Tensor, W_FD: Tensor) -> Tensor: ...
+
+    def row_dots(self, g: Tensor, W_FD: Tensor) -> Tensor: ...
+
+    def latent_sums(self, values: Tensor, x: Tensor) -> Tensor: ...
+
 
 class DenseActive:
     """Pairs are active where `support` [B, F] is positive."""
@@ -72,6 +88,27 @@ class DenseActive:
 
     def shift(self, values: Tensor, by_F: Tensor) -> Tensor:
         return values + by_F
+
+    def by_level(self, widths: Sequence[int]) -> "Levels":
+        return _DenseLevels(self.support_BF, widths)
+
+
+class _DenseLevels:
+    """Level l is a slice of the columns."""
+
+    def __init__(self, support_BF: Tensor, widths: Sequence[int]):
+        self.active = DenseActive(support_BF)
+        self.levels = [slice(start, stop) for start, stop in zip([0, *widths], widths, strict=False)]
+
+    def decode(self, values: Tensor, W_FD: Tensor) -> Tensor:
+        return torch.stack([values[:, level] @ W_FD[level] for level in self.levels], 1).flatten(0, 1)
+
+    def row_dots(self, g: Tensor, W_FD: Tensor) -> Tensor:
+        dots = [g[i :: len(self.levels)] @ W_FD[level].T for i, level in enumerate(self.levels)]
+        return self.active.gather(torch.cat(dots, 1))
+
+    def latent_sums(self, values: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([values[:, level].T @ x[i :: len(self.levels)] for i, level in enumerate(self.levels)])
 
 
 class SparseActive:
@@ -155,6 +192,21 @@ class SparseActive:
 
     def shift(self, values: Tensor, by_F: Tensor) -> Tensor:
         return values + by_F[self.latents]
+
+    def by_level(self, widths: Sequence[int]) -> "SparseActive":
+        """Pairs lie in the order of tokens, and of latents for each token: by token and level as well."""
+        device, n_levels = self.latents.device, len(widths)
+        level_of_latent = torch.searchsorted(
+            torch.tensor(widths, device=device), torch.arange(self.n_latents, device=device), right=True
+        )
+        token = torch.repeat_interleave(self.bounds.diff(), output_size=len(self.latents))
+        rows = torch.arange(self.n_tokens * n_levels + 1, device=device)
+        levels = copy(self)
+        levels.__dict__.pop("_pattern", None)
+        levels.n_tokens = self.n_tokens * n_levels
+        levels.bounds = torch.searchsorted(token * n_levels + level_of_latent[self.latents], rows)
+        levels.tokens_by_latent = self.tokens_by_latent * n_levels + level_of_latent[self.latents[self.order]]
+        return levels
 
 
 def _sparse_rows(bounds: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -57,9 +57,10 @@ def test_our_folders_load_in_sae_lens(architecture, frozen, tmp_path):
 
 
 @pytest.mark.parametrize("normalize", ["expected_average_only_in", "covariance_whitening"])
-def test_a_batch_topk_sae_loads_in_sae_lens_as_a_jumprelu_sae(normalize, tmp_path):
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka"])
+def test_an_sae_trained_by_batches_loads_in_sae_lens_as_a_jumprelu_sae(architecture, normalize, tmp_path):
     x = activations()
-    settings = {"architecture": "batch_topk", "d_sae": D_SAE, "k": 4.5, "normalize_activations": normalize}
+    settings = {"architecture": architecture, "d_sae": D_SAE, "k": 4.5, "normalize_activations": normalize}
     trainer = train(settings, x)
     for name, tokens in (("calibrated", x), ("remembered", None)):
         ours = trainer.export({"hook_name": "blocks.3.hook_resid_post"}, tokens=tokens)
@@ -70,6 +71,13 @@ def test_a_batch_topk_sae_loads_in_sae_lens_as_a_jumprelu_sae(normalize, tmp_pat
             torch.testing.assert_close(ours.encode(x), theirs.encode(x), **CLOSE)
             torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
             assert (theirs.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(4.5, rel=0.1)
+        for width in ours.prefix_widths:
+            prefix = SAE.load(tmp_path / name).prefix(width)
+            prefix.save(tmp_path / f"{name}-{width}")
+            their_prefix = sae_lens.SAE.load_from_disk(tmp_path / f"{name}-{width}")
+            with torch.no_grad():
+                torch.testing.assert_close(prefix(x), their_prefix(x), **CLOSE)
+                torch.testing.assert_close(their_prefix.encode(x), theirs.encode(x)[:, :width], **CLOSE)
 
 
 def random_theirs(name: str, **config):

@@ -12,6 +12,7 @@ SETTINGS = {
     "gated": {"architecture": "gated", "d_sae": 48, "l1_coefficient": 0.4, "l1_warm_up_steps": 5},
     "topk": {"architecture": "topk", "d_sae": 48, "k": 5},
     "batch_topk": {"architecture": "batch_topk", "d_sae": 48, "k": 4.5},
+    "matryoshka": {"architecture": "matryoshka", "d_sae": 48, "k": 4.5},
     "jumprelu": {"architecture": "jumprelu", "d_sae": 48, "target_l0": 5},
 }
 

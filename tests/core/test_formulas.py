@@ -14,7 +14,7 @@ from sae_core import (
     TrainingSettings,
     parse_settings,
 )
-from sae_core.architectures import BatchTopKSAE, GatedSAE, StandardSAE, TopKSAE
+from sae_core.architectures import BatchTopKSAE, GatedSAE, MatryoshkaSAE, StandardSAE, TopKSAE
 from sae_core.architectures.jumprelu import JumpReLUSAE
 from sae_core.functional import (
     aux_k_scale,
@@ -26,8 +26,8 @@ from sae_core.functional import (
     top_k_mask,
     topk,
 )
-from sae_core.sae import Gradients, SAEConfig, StepContext
 from sae_core.kernels.select import _top_k_mask_by_index
+from sae_core.sae import Gradients, SAEConfig, StepContext
 from sae_core.schedules import lr_factor, warm_up
 
 # Encoder and decoder of two latents: the first reads and writes the first coordinate (written twice as long), the
@@ -39,7 +39,7 @@ X = torch.tensor([[3.0, 1.0], [-1.0, 2.0]])
 
 
 def make(cls, architecture, **given):
-    fields = {name: given.pop(name) for name in ("k", "rescale_acts_by_decoder_norm") if name in given}
+    fields = {name: given.pop(name) for name in ("k", "rescale_acts_by_decoder_norm", "metadata") if name in given}
     cfg = SAEConfig(architecture=architecture, d_in=2, d_sae=2, **fields)
     weights = {name: torch.zeros(shape) for name, shape in cls.shapes(cfg).items()}
     return cls(cfg, {**weights, "W_enc": W_ENC, "W_dec": W_DEC, **given})
@@ -164,6 +164,24 @@ def test_batch_topk_with_a_dead_latent():
     # k = 1: errors 10 and 1, residuals [[-3, 1], [-1, 0]]; the dead latent 1 alone, of each token: 9 and 1 + 4
     terms, _ = step(make(BatchTopKSAE, "batch_topk", k=1), coefficient=0.5, dead=torch.tensor([False, True]))
     assert terms.loss.item() == pytest.approx(11 / 2 + 0.5 * 14 / 2)
+
+
+def test_matryoshka_loss():
+    # k = 1.5: f = [[3, 1], [0, 2]]. Width 1: x_hat = [[6, 0], [0, 0]], errors [[3, -1], [1, -2]], squared 10 and 5;
+    # width 2: errors [[3, 0], [1, 0]], squared 9 and 1
+    nesting = {"matryoshka": {"widths": [1, 2], "weights": [0.5, 2.0]}}
+    sae = make(MatryoshkaSAE, "matryoshka", k=1.5, metadata=nesting)
+    terms, gradients = step(sae, coefficient=0.5)
+    assert terms.loss == (0.5 * 15 + 2 * 10) / 2
+    assert terms.error.tolist() == [[3, 0], [1, 0]]
+    # latent 0 sees 0.5 times the first errors and 2 times the second, its row being [2, 0]: 2 * (1.5 + 6) and not
+    # active; latent 1, of the second level, sees errors of 0. b_dec: the same sums, [7.5, -0.5] and [2.5, -1]
+    assert gradients["b_enc"].tolist() == [15, 0]
+    assert gradients["b_dec"].tolist() == [10 - 15, -1.5]
+    assert gradients["W_dec"].tolist() == [[3 * 7.5, 3 * -0.5], [1 * 6 + 2 * 2, 0]]
+    # the auxiliary loss is of the whole SAE's error: residuals [[-3, 0], [-1, 0]], z W_dec = [[0, 1], [0, 2]]
+    with_dead, _ = step(sae, coefficient=0.5, dead=torch.tensor([False, True]))
+    assert with_dead.loss == terms.loss + 0.5 * (9 + 1 + 1 + 4) / 2
 
 
 def test_the_mean_threshold_is_right_from_the_first_batch_and_forgets():

@@ -94,6 +94,15 @@ def plain_batch_topk(w, x, coefficient, dead):
     return (x_hat - x).square().sum(1).mean() + plain_aux_k(w, x, x_hat, coefficient, dead)
 
 
+def plain_matryoshka(w, x, coefficient, dead):
+    pre, ranks = plain_pre(w, x)
+    f = torch.relu(pre) * keep(ranks.view(1, -1), int(2.3 * TOKENS)).view_as(ranks)
+    x_hats = [f[:, :width] @ w["W_dec"][:width] + w["b_dec"] for width in (2, 3, D_SAE)]
+    errors = [(x_hat - x).square().sum(1).mean() for x_hat in x_hats]
+    nested = 0.5 * errors[0] + 2.0 * errors[1] + 1.5 * errors[2]
+    return nested + plain_aux_k(w, x, x_hats[-1], coefficient, dead)
+
+
 class Jump(torch.autograd.Function):
     """H(pre - threshold), with the rectangle [F] as the derivative of H; ste_to_input: for pre as well."""
 
@@ -132,11 +141,16 @@ PLAIN = {
     "gated": plain_gated,
     "topk": plain_topk,
     "batch_topk": plain_batch_topk,
+    "matryoshka": plain_matryoshka,
     "jumprelu": plain_jumprelu,
 }
 FIELDS = {  # of the configuration
     "topk": {"k": 3, "rescale_acts_by_decoder_norm": True},
     "batch_topk": {"k": 2.3},
+    "matryoshka": {
+        "k": 2.3,
+        "metadata": {"matryoshka": {"widths": [2, 3, D_SAE], "weights": [0.5, 2.0, 1.5]}},
+    },
 }
 
 
@@ -215,6 +229,14 @@ def test_both_forms_of_active_pairs_do_the_same():
     torch.testing.assert_close(sparse.per_latent(pairs), dense.per_latent(values))
     torch.testing.assert_close(spread(sparse.scale(pairs, plus)), dense.scale(values, plus))
     torch.testing.assert_close(spread(sparse.shift(pairs, plus)), dense.shift(values, plus) * mask)
+    for widths in ([4], [1, 4], [2, 3, 4]):
+        by_level, dense_by_level = sparse.by_level(widths), dense.by_level(widths)
+        decoded = dense_by_level.decode(values, W)
+        torch.testing.assert_close(decoded.view(5, len(widths), 3).sum(1), dense.decode(values, W))
+        torch.testing.assert_close(decoded.view(5, len(widths), 3)[:, 0], values[:, : widths[0]] @ W[: widths[0]])
+        torch.testing.assert_close(by_level.decode(pairs, W), decoded)
+        torch.testing.assert_close(spread(by_level.row_dots(decoded, W)), dense_by_level.row_dots(decoded, W))
+        torch.testing.assert_close(by_level.latent_sums(pairs, decoded), dense_by_level.latent_sums(values, decoded))
 
 
 def test_no_active_pair_at_all_is_no_special_case():

@@ -273,7 +273,7 @@ RECOVERY = {
     "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 4.0, "l1_warm_up_steps": 300},
     "topk": {"architecture": "topk", "d_sae": 40, "k": 3},
     "batch_topk": {"architecture": "batch_topk", "d_sae": 40, "k": 2},
-    "matryoshka": {"architecture": "matryoshka", "d_sae": 40, "k": 2},
+    "matryoshka": {"architecture": "matryoshka", "d_sae": 40, "k": 2, "prefix_weights": (0.2, 0.2, 0.2, 1)},
     "jumprelu": {"architecture": "jumprelu", "d_sae": 40, "target_l0": 2},
 }
 
