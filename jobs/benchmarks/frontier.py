@@ -479,7 +479,8 @@ def plot(fronts: Sequence[Front], baselines: Sequence[Mapping[str, Any]], path: 
     architectures = list(dict.fromkeys(front.architecture for front in fronts))
     hook_points = list(dict.fromkeys(front.hook_point for front in fronts))
     looks = {"ours": ("#0b63ce", "o", "Penstock"), "theirs": ("#d1670a", "s", f"SAELens {version('sae-lens')}")}
-    figure = Figure(figsize=(3.1 * len(architectures) + 1, 3.3 * len(hook_points) + 1), dpi=140, facecolor="white")
+    size = (max(3.1 * len(architectures) + 1, 8.0), 3.3 * len(hook_points) + 1)
+    figure = Figure(figsize=size, dpi=140, facecolor="white")
     grid = figure.subplots(len(hook_points), len(architectures), sharex=True, sharey="row", squeeze=False)
     for (row, hook_point), (column, architecture) in product(enumerate(hook_points), enumerate(architectures)):
         axes = grid[row][column]
@@ -490,7 +491,7 @@ def plot(fronts: Sequence[Front], baselines: Sequence[Mapping[str, Any]], path: 
                             if one["kind"] == kind and one["hook_point"] == hook_point)  # fmt: skip
             if points:
                 axes.plot(*zip(*points, strict=True), color="#8a919e", linestyle=style[1], linewidth=1.2,
-                          label=kind.replace("_", " "))  # fmt: skip
+                          label=style[0])  # fmt: skip
         for front in fronts:
             if (front.architecture, front.hook_point) == (architecture, hook_point):
                 colour, marker, label = looks[front.side]
