@@ -50,8 +50,10 @@ def accumulate_revival(
       each of `biases` (name to growth [d_sae]), with everything but the bias constant: closed biases rise until the
       latent fires.
 
-    The second is the loss on dead latents of Anthropic, "Circuits Updates - January 2025", for biases only: that it
-    also turns W_enc rows to the mean token costs explained variance at equal L0 (see standard.py).
+    The second is the loss on dead latents of Anthropic, "Circuits Updates - January 2025", for biases only: there it
+    also turns rows of W_enc, to the mean of the tokens, which costs explained variance at equal L0 (see standard.py).
+    Its coefficient is small, so that Adam's second moments, which remember how a latent was when it lived, let the
+    biases rise slowly, and AuxK has the time to find a direction.
     """
     dead = context.dead.nonzero().squeeze(1)
     loss = error.new_zeros(())

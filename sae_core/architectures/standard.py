@@ -3,6 +3,7 @@
     f     = ReLU((x - b_dec) W_enc + b_enc)
     x_hat = f W_dec + b_dec
     loss  = mean over tokens of  ||x_hat - x||^2 + l1 * sum_i f_i ||W_dec_i||
+            + what revives dead latents, see dead.accumulate_revival
 
 Source: Bricken et al., "Towards Monosemanticity" (2023), with the decoder norm inside the penalty of Conerly et al.,
 "Update on how we train SAEs" (Anthropic, April 2024): no constraint on the decoder's rows is needed.
@@ -44,6 +45,11 @@ class StandardSAE(TrainableSAE):
     # Unit rows, not the 0.1 of the source: latents that start weak stay weakly active for thousands of steps. On a
     # small GPT-2, l1 1, 2000 steps of 512 tokens: L0 30 at explained variance 0.965, where 0.1 gave L0 78 at 0.967.
     decoder_norm_at_start = 1.0
+    # On the demo model, blocks.1, 480k tokens, two ways. l1 4 with a warm-up of 200 steps: 2.2% of the latents were dead
+    # for 125k tokens at the end without the loss on dead latents, 0.9% with it, explained variance 0.757 and L0 4.8 with
+    # and without. Without warm-up, latents dead after 25k tokens: 41% and 15% at the end, with 0.010 more explained
+    # variance at equal L0. Biases lifted alone, without AuxK (coefficient 1): 0.011 less. W_enc lifted, too, as in the
+    # source: 0.012 less.
     revives_dead = True
     can_transcode = True
     b_enc: Tensor
