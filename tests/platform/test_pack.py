@@ -248,6 +248,7 @@ def test_dead_latents_of_a_prefix_are_counted_apart(tmp_path):
     train(pack)
     pack.finish({HOOK: batch(STEPS - 1)})
     summary = json.loads((tmp_path / "saes/nested/final/summary.json").read_bytes())
+    assert SAE.load(tmp_path / "saes/nested/final").prefix_widths == (4,)
     [(width, dead)] = summary["dead_fraction_of_prefix"].items()
     assert width == "4" and dead * 4 <= summary["dead_fraction"] * 16
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from penstock.errors import SweepError
-from penstock.pareto import by_hook_point, mark_front, pareto_front, select
+from penstock.pareto import by_hook_point, find_sae, kind_of, mark_front, pareto_front, resolve_hook_point, select
 
 
 def table(*points, hook_point="a", architecture="topk", status="finished"):
@@ -85,3 +85,28 @@ def test_select_says_what_there_is():
         select(points, "b")
     with pytest.raises(SweepError, match="recovers any CE loss"):
         select(table((5, -0.2)), "a")
+
+
+def test_a_transcoders_site_may_be_named_by_what_it_reads():
+    points = pd.concat([table((5, 0.9), hook_point=label) for label in ("a -> b", "c", "d -> b", "d -> e", "c -> f")])
+    for given, meant in (("a", "a -> b"), ("a -> b", "a -> b"), ("c", "c")):
+        assert resolve_hook_point(points, given) == meant
+        assert select(points, given)["hook_point"] == meant
+    with pytest.raises(SweepError, match="hook point 'd' is read at several sites: d -> b, d -> e"):
+        select(points, "d")
+    with pytest.raises(SweepError, match="no hook point 'b' in this sweep; it has a -> b, c, c -> f"):
+        select(points, "b")
+
+
+def test_an_sae_is_found_by_its_id_the_beginning_of_it_and_a_prefix_by_its_width():
+    saes = table((5, 0.9), (6, 0.9), (7, 0.9)).assign(sae_id=["ab12", "ab12", "ab3"], prefix=[math.nan, 16.0, math.nan])
+    assert [find_sae(saes, asked)["l0"] for asked in ("ab12", "ab1", "ab12[16]", "ab1[16]", "ab3")] == [5, 5, 6, 6, 7]
+    assert [kind_of(record) for record in saes.to_dict("records")] == ["topk", "topk[16]", "topk"]
+    for asked, message in (
+        ("ab", "SAE 'ab' is the beginning of several: ab12, ab3"),
+        ("c", "no SAE 'c' in this sweep; it has ab12, ab3"),
+        ("", "no SAE '' in this sweep"),
+        ("ab12[8]", r"SAE 'ab12\[8\]': there is ab12, ab12\[16\]"),
+    ):
+        with pytest.raises(SweepError, match=message):
+            find_sae(saes, asked)

@@ -1,0 +1,195 @@
+"""Sweeps of a tiny model from spec to pulled folder, with everything but Ray."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save as save_tensors
+
+import penstock
+from penstock.activations import from_wire
+from penstock.batches import batches
+from penstock.cli import format_front
+from penstock.errors import SweepError
+from penstock.evaluation import _add, _slices
+from penstock.home import Home
+from penstock.model_host import ModelHost
+from penstock.pack import Pack
+from penstock.plan import members, plan_packs, read_sweep, training_settings
+from penstock.resolved import ResolvedSweep
+from penstock.results import baseline_table, publish, sae_table
+from penstock.storage import Storage
+from penstock.subjects import load_subject
+from penstock.tokens import build_token_store
+from penstock.tracking import TrackedSAE, Tracker, find_sweep
+from penstock.train import last_tokens
+from sae_core import SAE, calibrate
+from tiny_models import write_model
+
+READS, WRITES = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+SPEC = """\
+name: NAME
+model: {name: MODEL, harvest_rows: 16}
+data: {dataset: DATA, context_size: 16, block_tokens: 640, search_tokens: 200, report_tokens: 300EXCLUDE}
+hook_points: [HOOKS]
+train: {tokens: 1500, batch_tokens: 50, lr: 1e-2}
+saes: [ENTRY]
+baselines: {k: [4]}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_environment():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a sweep, and returns it: `run(name, hook points, entry of saes, excluded)`."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    model = write_model(folder / "model")
+    data = folder / "documents.txt"
+    data.write_text("\n\n".join(f"document{i} the wheel turns" + " the water" * (i % 7) for i in range(600)))
+
+    def run(name: str, hooks: str, entry: str, exclude: str = "") -> ResolvedSweep:
+        text = SPEC.replace("NAME", name).replace("MODEL", str(model)).replace("DATA", str(data))
+        path = folder / f"{name}.yaml"
+        path.write_text(text.replace("HOOKS", hooks).replace("ENTRY", entry).replace("EXCLUDE", exclude))
+        spec, description = read_sweep(path)
+        home = Home(folder / "home")
+        storage = Storage(home.storage_uri(None))
+        store = build_token_store(spec.data, spec.model, spec.train, storage)
+        sweep = ResolvedSweep(spec, description, store, storage, home)
+        host = ModelHost(spec.model, device="cpu")
+        for planned in plan_packs(spec, sweep.left()):
+            _train(sweep, host, planned)
+        for part in _slices(sweep):
+            loaded = {subject: load_subject(subject, storage) for subject in part.round.subjects}
+            saes, bases = ({subject.name: module for subject, module in loaded.items() if bool(subject.basis) == basis}
+                           for basis in (False, True))  # fmt: skip
+            sums = host.evaluate_site(
+                store, spec.data, part.round.site, saes, bases, "report", part.start_row, part.stop_row
+            )
+            _add(sweep, part.round, sums)
+        tracker = Tracker(home, name, sweep.sweep_id)
+        tracker.open(sweep.yaml, {}, [TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline)
+                                      for sae in sweep.saes])  # fmt: skip
+        publish(sweep, tracker, {"seconds_total": 1.0})
+        return sweep
+
+    return run
+
+
+def _train(sweep, host, planned):
+    calibrations, tails, pack = {}, {}, None
+    for block in range(sweep.schedule.n_blocks):
+        arrays = host.harvest(sweep.store, sweep.spec.data, block, planned.hook_points)
+        views = {name: from_wire(array, "float32") for name, array in arrays.items()}
+        if pack is None:
+            calibrations = {name: calibrate(view) for name, view in views.items()}
+            for name, calibration in calibrations.items():
+                sweep.storage.write(sweep.calibration_file(name), save_tensors(calibration.to_tensors()))
+            pack = Pack(members(planned, sweep.metadata), training_settings(sweep.spec.train), calibrations,
+                        sweep.storage)  # fmt: skip
+        length = len(next(iter(views.values())))
+        for step, batch in batches(sweep.schedule, block, length, 0):
+            pack.step(step, {name: view[batch] for name, view in views.items()})
+        tails = {name: view[last_tokens(sweep.schedule)] for name, view in views.items()}
+    pack.finish(tails)
+
+
+@pytest.fixture(scope="module")
+def nested(run):
+    return run("nested", "blocks.1.hook_resid_post", "{architecture: matryoshka, d_sae: 2x, k: 6, widths: [8, 16, 2x]}")
+
+
+@pytest.fixture(scope="module")
+def transcoders(run):
+    entry = "{architecture: topk, d_sae: 2x, k: 6, skip: [false, true]}"
+    return run("transcoders", f"{{reads: {READS}, writes: {WRITES}}}", entry, ", exclude: {norm_over_median: 1.2}")
+
+
+def test_every_prefix_is_a_row_beside_the_whole(nested):
+    table = penstock.front("nested", home=nested.home)
+    [sae] = [sae for sae in nested.saes if sae.baseline is None]
+    assert list(table["sae_id"]) == [sae.sae_id] * 3
+    rows = {None if pd.isna(row["prefix"]) else int(row["prefix"]): row for row in table.to_dict("records")}
+    assert set(rows) == {None, 8, 16}
+    assert rows[8]["l0"] < rows[16]["l0"] < rows[None]["l0"]
+    assert rows[8]["explained_variance"] < rows[None]["explained_variance"]
+    columns = ["prefix", "l0", "ce_recovered", "dead_fraction", "on_front", "on_overall_front", "status"]
+    made = sae_table(nested)[columns].sort_values("l0", ignore_index=True)
+    pd.testing.assert_frame_equal(table[columns].sort_values("l0", ignore_index=True), made, check_dtype=False)
+    assert "matryoshka[8]  " in format_front(table) and f"{sae.sae_id}[8]" in format_front(table)
+
+
+def test_figures_of_prefixes_are_metrics_of_the_whole_saes_run(nested):
+    runs = {run.data.tags["sae_id"]: run for run in find_sweep(nested.home, "nested").children()}
+    assert len(runs) == 2  # with the frozen decoder
+    [sae] = [sae for sae in nested.saes if sae.baseline is None]
+    metrics = runs[sae.sae_id].data.metrics
+    table = sae_table(nested).set_index("prefix")
+    assert metrics["prefix_8.l0"] == pytest.approx(table.loc[8.0, "l0"])
+    assert metrics["prefix_16.ce_recovered"] == pytest.approx(table.loc[16.0, "ce_recovered"])
+
+
+def test_a_prefix_is_pulled_as_an_sae_of_its_own(nested, tmp_path):
+    [sae] = [sae for sae in nested.saes if sae.baseline is None]
+    folder = penstock.pull("nested", sae=f"{sae.sae_id[:5]}[8]", to=tmp_path / "prefix", home=nested.home)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cfg.json", "penstock.json", "sae_weights.safetensors", "sparsity.safetensors",
+    ]  # fmt: skip
+    pulled, whole = SAE.load(folder), penstock.load_sae("nested", sae=sae.sae_id, home=nested.home)
+    assert (pulled.d_sae, whole.d_sae) == (8, 64)
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0)) * 3
+    torch.testing.assert_close(pulled(x), whole.prefix(8)(x))
+    about = json.loads((folder / "penstock.json").read_text())
+    assert (about["sae_id"], about["prefix"], about["architecture"]) == (sae.sae_id, 8, "matryoshka")
+    narrow = penstock.load_sae("nested", hook_point="blocks.1.hook_resid_post", l0=(0, about["l0"]), home=nested.home)
+    assert narrow.d_sae == 8
+
+
+def test_transcoders_are_shown_and_picked_by_their_site(transcoders, tmp_path):
+    label, home = f"{READS} -> {WRITES}", transcoders.home
+    table = penstock.front("transcoders", home=home)
+    assert set(table["hook_point"]) == {label} and set(table["skip"]) == {True, False} and set(table["d_out"]) == {32}
+    assert table["l0"].between(1, 6).all() and table["explained_variance"].between(0.1, 1).all()
+    for hook_point in (label, READS):
+        assert len(penstock.front("transcoders", hook_point=hook_point, home=home)) == 2
+    with pytest.raises(SweepError, match=f"no hook point '{WRITES}' in this sweep; it has {label}"):
+        penstock.front("transcoders", hook_point=WRITES, home=home)
+    skipping = table.loc[table["skip"], "sae_id"].item()
+    sae = SAE.load(penstock.pull("transcoders", sae=skipping, to=tmp_path / "t", home=home))
+    assert sae.cfg.skip and (sae.cfg.metadata["hook_name"], sae.cfg.metadata["hook_name_out"]) == (READS, WRITES)
+
+
+def test_baselines_of_transcoders_say_what_they_see(transcoders, nested):
+    assert sorted(baseline_table(nested)["kind"]) == ["frozen_decoder", "neurons", "pca"]
+    of_transcoders = baseline_table(transcoders).set_index("kind")
+    assert sorted(of_transcoders.index) == ["frozen_decoder", "target_neurons", "target_pca"]
+    assert len(set(of_transcoders["n_tokens"])) == 1
+    assert of_transcoders.loc["target_neurons", "l0"] == pytest.approx(4)
+
+
+def test_what_has_its_figures_is_not_evaluated_again(transcoders, nested):
+    assert _slices(transcoders) == [] and _slices(nested) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"sae": "x"}, "no SAE 'x' in this sweep"),
+        ({"sae": "ID[9]"}, r"SAE 'ID\[9\]': there is ID, ID\[8\], ID\[16\]"),
+        ({"sae": "ID", "l0": (0, 5)}, "a hook point to pick from"),
+        ({}, "a hook point to pick from"),
+        ({"sae": "ID", "hook_point": "a"}, "or an SAE alone"),
+    ],
+)
+def test_an_sae_that_is_not_there_or_asked_for_in_two_ways_is_refused(asked, message, nested, tmp_path):
+    [sae] = [sae for sae in nested.saes if sae.baseline is None]
+    asked = {key: value.replace("ID", sae.sae_id) if key == "sae" else value for key, value in asked.items()}
+    with pytest.raises(SweepError, match=message.replace("ID", sae.sae_id)):
+        penstock.pull("nested", to=tmp_path / "sae", home=nested.home, **asked)
