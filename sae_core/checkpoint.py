@@ -192,8 +192,17 @@ def _config(raw: Mapping[str, Any], form: Form, path: Path) -> SAEConfig:
         # SAELens' trainer takes it for true unless told otherwise, and always writes it
         rescale_acts_by_decoder_norm=(topk or form.batch_top_k)
         and _flag(raw, "rescale_acts_by_decoder_norm", form.batch_top_k, path),
-        metadata=raw["metadata"],
+        metadata=_with_nesting(raw["metadata"], d_sae),
     )
+
+
+def _with_nesting(metadata: dict[str, Any], d_sae: int) -> dict[str, Any]:
+    """The metadata, in which an SAE that SAELens trained as a Matryoshka SAE has its widths where ours have them."""
+    details = metadata.get("training_architecture_details")
+    widths = details.get("matryoshka_widths") if isinstance(details, dict) else None
+    if "matryoshka" in metadata or not isinstance(widths, list) or widths[-1:] != [d_sae]:
+        return metadata
+    return {**metadata, "matryoshka": {"widths": widths}}
 
 
 def _whole(raw: Mapping[str, Any], name: str, path: Path) -> int:

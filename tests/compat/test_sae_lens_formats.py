@@ -209,6 +209,10 @@ def test_their_training_checkpoints_load_as_what_they_export(case, subtracts, no
         assert ours.cfg.architecture == theirs.cfg.architecture()
         assert ours.cfg.normalize_activations == (normalize if normalize in PER_TOKEN else "none")
         assert_alike(ours, theirs, x)
+        if architecture == "matryoshka_batchtopk":
+            assert ours.prefix_widths == exported.prefix_widths == (10,)
+            f = theirs.encode(x)[:, :10]
+            torch.testing.assert_close(ours.prefix(10)(x), f @ theirs.W_dec[:10] + theirs.b_dec, **CLOSE)
 
 
 def test_scale_and_whitening_are_theirs_on_the_same_activations():

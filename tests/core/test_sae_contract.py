@@ -281,10 +281,10 @@ RECOVERY = {
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_known_dictionary_is_recovered(architecture):
     data = make_data(n=32, d_in=24, tokens=40_000, active=0.06)
-    training = TrainingSettings(steps=1500, batch_tokens=256, lr=3e-3, dead_after_tokens=50_000)
+    training = TrainingSettings(steps=600, batch_tokens=128, lr=5e-3, dead_after_tokens=20_000)
     trainer = SAETrainer(parse_settings(RECOVERY[architecture]), training, data.calibration)
     for step in range(training.steps):
-        trainer.train_step(data.batch(step, 256))
+        trainer.train_step(data.batch(step, 128))
     sae = trainer.export()
     similarity = data.dictionary @ normalize(sae.W_dec, dim=1).T
     assert similarity.max(dim=1).values.mean() > 0.95

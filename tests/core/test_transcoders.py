@@ -291,7 +291,7 @@ def test_a_transcoder_is_differentiable_in_its_input(pair, training):
 LEARNT = {
     "standard": {"l1_coefficient": 0.5, "l1_warm_up_steps": 50},
     "topk": {"k": 2},
-    "jumprelu": {"target_l0": 2},
+    "jumprelu": {"l0_coefficient": 0.2, "l0_warm_up_steps": 100, "threshold_at_start": 1.0},
 }
 
 
