@@ -64,7 +64,7 @@ def accumulate_revival(
         weight = sae.W_dec[dead].norm(dim=1) * (pre_act_coefficient / context.batch_tokens)
         u = x_centred @ sae.W_enc[:, dead]
         for name, growth in biases.items():
-            gap = torch.relu(-torch.addcmul(getattr(sae, name)[dead], u, growth[dead]))
+            gap = torch.addcmul(getattr(sae, name)[dead], u, growth[dead]).neg_().relu_()
             _add_rows(gradients, name, dead, -weight * (gap > 0).sum(0))
             loss = loss + (gap.sum(0) * weight).sum()
     return loss

@@ -44,10 +44,10 @@ class GatedSAE(TrainableSAE):
     # As in standard.py, but from 1.0 half of the latents died. On the same model, l1 1, 600 steps: L0 36 at explained
     # variance 0.984 and 6% dead; from 0.1 L0 45 at 0.984.
     decoder_norm_at_start = 0.3
-    # Both biases are lifted: with the gate's alone, latents of negative magnitude stayed dead. On blocks.1 of the demo
-    # model, l1 4, 480k tokens, 2.6% of the latents were dead for 125k tokens at the end without the loss on dead latents
-    # and 0.7% with it, at explained variance 0.877 and L0 5.5 with and without. From unit rows without l1 warm-up, dead
-    # after 25k tokens: 46% and none, with 0.001 more explained variance at equal L0.
+    # Dead latents have both biases lifted: with the gate's alone, those of negative magnitude stayed dead. Measured on
+    # blocks.1 of the demo model, 480k tokens, l1 4: 2.6% dead for 125k tokens at the end without the losses on dead
+    # latents and 0.7% with them, at L0 5.5 and explained variance 0.877 either way. From unit rows without l1 warm-up,
+    # dead after 25k tokens: 46% dead for 125k tokens, and none, with 0.001 more explained variance at equal L0.
     revives_dead = True
     encoder_biases = ("b_gate", "b_mag", "r_mag")
     latent_scaled = ("b_gate", "b_mag")
