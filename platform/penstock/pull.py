@@ -76,9 +76,9 @@ def pull(
     return that folder.
 
     `sae` is an id or the beginning of one, `ID[WIDTH]` for a prefix. `l0` is the band to pick from, the spec's unless
-    given. The folder holds cfg.json, sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load` and, if
-    it knows the architecture, `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled there earlier is replaced; a
-    folder with anything else in it is refused. Raises `SweepError`.
+    given. The folder holds cfg.json, sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load`
+    and, for architectures it has, `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled
+    there earlier is replaced; a folder with anything else in it is refused. Raises `SweepError`.
     """
     folder = Path(to)
     if not str(to):

@@ -33,10 +33,9 @@ def planned(*hook_points, **options):
 
 
 def test_the_id_of_an_sae_stays_what_it_was_in_the_first_release():
-    entry = "{architecture: standard, d_sae: 8x, l1_coefficient: 1}\n  - " + TOPK
     model = ModelDescription("m", 1, 16, None, 100, 1000, "fingerprint", {WRITES: 16})
-    saes = plan_saes(spec_of(WRITES, entry=entry), model, "tokens")
-    assert [sae.sae_id for sae in saes] == ["ff9953c13466", "595c0eeb5021", "36a7eaeaf9ee"]
+    saes = plan_saes(spec_of(WRITES), model, "tokens")
+    assert [sae.sae_id for sae in saes] == ["595c0eeb5021", "36a7eaeaf9ee"]
 
 
 def test_what_is_not_at_its_default_is_part_of_the_id():
