@@ -88,7 +88,7 @@ def load_sae(
     folder = Path(folder)
     raw, form = _read_config(folder)
     path = folder / CONFIG
-    target = _dtype(raw.get("dtype", "float32") if dtype is None else dtype, f"{path}: dtype")
+    target = _dtype(raw.get("dtype", "float32"), f"{path}: dtype") if dtype is None else _dtype(dtype, "dtype")
     cfg = _config(raw, form, path)
     cfg = cfg.model_copy(update={"dtype": str(target).removeprefix("torch.")})
     sae_class = ARCHITECTURES[form.architecture]
