@@ -1,6 +1,6 @@
 """The sparse autoencoder as a module: what every architecture shares.
 
-Names and layout: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, the biases of an architecture's encoder,
+Names and layout: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, the biases that the encoder has,
 and `W_skip [d_out, d_in]` where there is a skip connection. The same modules train (on normalised activations, see
 training.py) and serve (on activations as the model has them).
 
