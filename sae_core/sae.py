@@ -279,8 +279,9 @@ class TrainableSAE(SAE):
         normalised and only read, to `gradients`."""
 
     @classmethod
-    def biases_at_start(cls, settings: SAESettings) -> dict[str, float]:
-        """Encoder biases that do not start at 0."""
+    def biases_at_start(cls, settings: SAESettings, spread: float) -> dict[str, float]:
+        """Encoder biases that do not start at 0. spread: standard deviation of the normalised input along a random
+        direction, as an encoder starts with."""
         return {}
 
     @classmethod

@@ -65,7 +65,8 @@ class SAETrainer:
             apply_b_dec_to_input=not self.is_transcoder,
             **settings.config_fields(),
         )
-        start = _initial_weights(settings, architecture, config, self._normalize_target.mean)
+        self._spread = _spread(self._normalize, centred=config.apply_b_dec_to_input)
+        start = _initial_weights(settings, architecture, config, self._normalize_target.mean, self._spread)
         self._build(architecture, config, start)
 
     def _build(self, architecture: type[TrainableSAE], config: SAEConfig, start: dict[str, Tensor]) -> None:
@@ -212,7 +213,7 @@ class SAETrainer:
 
     def _start_anew(self, latents: Tensor, rows: dict[str, Tensor]) -> None:
         """Latents as at the start of a run, but with given rows: biases, Adam's moments, tokens since they fired."""
-        at_start = self.sae.biases_at_start(self.settings)
+        at_start = self.sae.biases_at_start(self.settings, self._spread)
         for name in ("W_enc", "W_dec", *self.sae.encoder_biases):
             parameter = self._parameters[name]
             parameter[latents] = rows.get(name, at_start.get(name, 0.0))
@@ -410,7 +411,7 @@ def _check_resampling(settings: SAESettings, training: TrainingSettings) -> None
 
 
 def _initial_weights(
-    settings: SAESettings, architecture: type[TrainableSAE], config: SAEConfig, b_dec: Tensor
+    settings: SAESettings, architecture: type[TrainableSAE], config: SAEConfig, b_dec: Tensor, spread: float
 ) -> dict[str, Tensor]:
     """W_dec kaiming uniform with rows rescaled, W_enc its transpose, b_dec the mean, all else 0 but for biases that the
     architecture starts elsewhere; on CPU and from a generator of its own, so that the start depends on `settings.seed`
@@ -418,11 +419,17 @@ def _initial_weights(
     generator = torch.Generator().manual_seed(settings.seed)
     norm = 1.0 if settings.frozen_decoder else architecture.decoder_norm_at_start
     weights = {name: torch.zeros(shape) for name, shape in architecture.shapes(config).items()}
-    for name, value in architecture.biases_at_start(settings).items():
+    for name, value in architecture.biases_at_start(settings, spread).items():
         weights[name].fill_(value)
     W_dec = _rows(*weights["W_dec"].shape, norm, generator)
     W_enc = _rows(settings.d_sae, config.d_in, norm, generator).T if config.is_transcoder else W_dec.T
     return weights | {"W_dec": W_dec, "W_enc": W_enc, "b_dec": b_dec.clone()}
+
+
+def _spread(normalize: Normalizer, *, centred: bool) -> float:
+    """Standard deviation of normalised activations along a random direction; from 0 where they are not centred."""
+    of_mean = float(normalize.mean.square().sum()) if centred else 0.0
+    return (max(normalize.mean_square_norm - of_mean, 0.0) / len(normalize.mean)) ** 0.5
 
 
 def _rows(n: int, width: int, norm: float, generator: torch.Generator) -> Tensor:

@@ -29,6 +29,7 @@ Gemma Scope 2 reaches an L0 with the penalty (2 / T) (L0 - T)^2; its strength th
 from collections.abc import Mapping
 from itertools import pairwise
 from math import log
+from statistics import NormalDist
 from typing import Any, Literal, cast
 
 import torch
@@ -43,12 +44,16 @@ from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
 from sae_core.settings import SAESettings
 
+SHARE_AT_START = 0.05  # of the latents are active on a token, were their pre-activations Gaussian
+L0_AT_START = 4  # times the target, where there is one: training takes L0 down to a quarter at once
+
 DESCENT = 0.3  # share of the run over which the wanted L0 falls from that of the start to the target
 FREEZE = 0.8  # share of the run after which the coefficient stays
 SMOOTHING = 0.1  # of a new batch's L0 in the running one
 COEFFICIENT_AT_START = 0.1
-GAIN = 2.0  # of the coefficient's logarithm for the logarithm of L0 / wanted L0
-INTEGRAL_GAIN = 20.0  # the same, summed over the whole run
+WINDUP = 0.3
+GAIN = 4.0  # of the coefficient's logarithm for the logarithm of L0 / wanted L0
+INTEGRAL_GAIN = 40.0  # the same, summed over the whole run
 TOKENS_AT_ONCE = 4096
 # The factor on thresholds is set this share below the last active pair, which rounding could move below it otherwise.
 BELOW = 1e-5
@@ -64,7 +69,7 @@ class JumpReLUSettings(SAESettings):
     target_l0: float | None = Field(default=None, gt=0)
     sparsity: Literal["step", "tanh"] = "step"
     bandwidth: float = Field(default=1.0, gt=0)
-    threshold_at_start: float = Field(default=1.0, ge=0)
+    threshold_at_start: float | None = Field(default=None, ge=0)
     tanh_scale: float = Field(default=4.0, gt=0)
     pre_act_coefficient: float = Field(default=0.0, ge=0)
     ste_to_input: bool = False
@@ -106,8 +111,12 @@ class JumpReLUSAE(TrainableSAE):
         return jumprelu(self.centre(x) @ self.W_enc + self.b_enc, self.threshold)
 
     @classmethod
-    def biases_at_start(cls, settings: SAESettings) -> dict[str, float]:
-        return {"threshold": cast(JumpReLUSettings, settings).threshold_at_start / cls.decoder_norm_at_start}
+    def biases_at_start(cls, settings: SAESettings, spread: float) -> dict[str, float]:
+        settings = cast(JumpReLUSettings, settings)
+        if settings.threshold_at_start is not None:
+            return {"threshold": settings.threshold_at_start}
+        l0 = SHARE_AT_START * settings.d_sae if settings.target_l0 is None else L0_AT_START * settings.target_l0
+        return {"threshold": spread * NormalDist().inv_cdf(1 - min(l0 / settings.d_sae, 0.5))}
 
     def accumulate_gradients(
         self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext
@@ -129,21 +138,20 @@ class JumpReLUSAE(TrainableSAE):
         d_x_hat = error * (2 / context.batch_tokens)
         l0 = context.coefficient / context.batch_tokens
         kernel = 0.5 / half
+        fired = active.per_latent(on.to(f.dtype))
         d_f = active.row_dots(d_x_hat, self.W_dec)
         d_W_dec = active.latent_sums(f, d_x_hat)
         if settings.sparsity == "step":
-            fired = active.per_latent(on.to(f.dtype))
             sparsity = fired.sum()
             d_jump = active.shift(active.scale(d_f, threshold * kernel), l0 * kernel)
         else:
             squashed = torch.tanh(active.scale(f, settings.tanh_scale * norms))
             slope = (1 - squashed.square()) * (settings.tanh_scale * l0)
+            sparsity = squashed.sum()
             d_f = d_f + active.scale(slope, norms)
+            d_jump = active.scale(d_f, threshold * kernel)
             d_norms = active.per_latent(slope * f) / norms.clamp_min(1e-12)
             d_W_dec.addcmul_(self.W_dec, d_norms[:, None])
-            fired = active.per_latent(on.to(f.dtype))
-            sparsity = squashed.sum()
-            d_jump = active.scale(d_f, threshold * kernel)
         d_jump = d_jump * in_band
         d_pre = d_f * on + d_jump if settings.ste_to_input else d_f * on
         gradients.add("W_dec", d_W_dec)
@@ -176,10 +184,12 @@ class JumpReLUSAE(TrainableSAE):
         first = state["l0"] == 0
         running = torch.where(first, l0, state["l0"] + SMOOTHING * (l0 - state["l0"]))
         at_start = torch.where(first, l0, state["l0_at_start"])
+        target = state["target_l0"].log()
         share = min(context.progress / DESCENT, 1.0)
-        wanted = (1 - share) * at_start.log() + share * state["target_l0"].log()
-        surplus = running.log() - wanted
-        integral = state["integral"] + INTEGRAL_GAIN * (context.progress - state["progress"]) * surplus
+        highest = target + (1 - share) * (at_start.log() - target).clamp_min(0)
+        surplus = (running.log() - highest).clamp_min(0) + (running.log() - target).clamp_max(0)
+        summed = surplus.clamp(-WINDUP if share == 1 else 0.0, WINDUP)
+        integral = state["integral"] + INTEGRAL_GAIN * (context.progress - state["progress"]) * summed
         return {
             **state,
             "coefficient": (integral + GAIN * surplus).exp(),

@@ -13,7 +13,7 @@ SETTINGS = {
     "topk": {"architecture": "topk", "d_sae": 48, "k": 5},
     "batch_topk": {"architecture": "batch_topk", "d_sae": 48, "k": 4.5},
     "matryoshka": {"architecture": "matryoshka", "d_sae": 48, "k": 4.5},
-    "jumprelu": {"architecture": "jumprelu", "d_sae": 48, "target_l0": 5},
+    "jumprelu": {"architecture": "jumprelu", "d_sae": 48, "target_l0": 5, "threshold_at_start": 1.0},
 }
 
 

@@ -48,7 +48,7 @@ def test_dead_latents_start_anew_and_living_ones_go_on(architecture, data):
     dead = expected["counters.tokens_since_fired"] >= DEAD_AFTER
     assert dead[DEAD].all() and not dead.all()
     assert (after["counters.tokens_since_fired"][dead] == 0).all()
-    start = type(trainer.sae).biases_at_start(trainer.settings)
+    start = type(trainer.sae).biases_at_start(trainer.settings, trainer._spread)
     alive_norm = expected["weights.W_enc"].norm(dim=0)[~dead].mean()  # those of the step before differ by little
     norms = {"W_enc": 0.2 * alive_norm, "W_dec": type(trainer.sae).decoder_norm_at_start}
     for name in ("W_enc", "W_dec", *trainer.sae.encoder_biases):
