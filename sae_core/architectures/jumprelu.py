@@ -44,24 +44,32 @@ from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
 from sae_core.settings import SAESettings
 
-SHARE_AT_START = 0.05  # of the latents are active on a token, were their pre-activations Gaussian
-L0_AT_START = 4  # times the target, where there is one: training takes L0 down to a quarter at once
+# Thresholds start where this share of the latents is active on a token, or this many times the target, were
+# pre-activations Gaussian. Training soon takes L0 to a quarter of that; from below the target it rises slowly.
+SHARE_AT_START = 0.05
+L0_AT_START = 4
 
-DESCENT = 0.3  # share of the run over which the wanted L0 falls from that of the start to the target
-FREEZE = 0.8  # share of the run after which the coefficient stays
-SMOOTHING = 0.1  # of a new batch's L0 in the running one
+# The controller. Shares are of the run's steps, so that a longer run is controlled in proportion.
+DESCENT = 0.3  # share over which the highest L0 allowed falls from that of the start to the target
+FREEZE = 0.8  # share after which the coefficient stays
+SMOOTHING = 0.1  # weight of a new batch in the running L0
 COEFFICIENT_AT_START = 0.1
-WINDUP = 0.3
-GAIN = 4.0  # of the coefficient's logarithm for the logarithm of L0 / wanted L0
-INTEGRAL_GAIN = 40.0  # the same, summed over the whole run
+GAIN = 4.0  # of log(coefficient), for log(L0 / target)
+INTEGRAL_GAIN = 40.0  # the same, if it lasted for the whole run
+MOST, MOST_SUMMED = 1.0, 0.3  # of log(L0 / target), either way, that counts for the one and for the other
+
 TOKENS_AT_ONCE = 4096
 # The factor on thresholds is set this share below the last active pair, which rounding could move below it otherwise.
 BELOW = 1e-5
 
 
 class JumpReLUSettings(SAESettings):
-    """Exactly one of `l0_coefficient` and `target_l0`. Lengths (bandwidth, threshold_at_start) are in normalised units:
-    of activations of mean norm sqrt(d_in)."""
+    """Exactly one of `l0_coefficient` and `target_l0`.
+
+    bandwidth, threshold_at_start: in normalised units, those of activations of mean norm sqrt(d_in). Without the
+    latter, thresholds start where four times target_l0 latents would be active, or 5% of them.
+    pre_act_coefficient: of the loss on dead latents; 0 for none. ste_to_input: of `step` and `tanh` alike.
+    """
 
     architecture: Literal["jumprelu"] = "jumprelu"
     l0_coefficient: float | None = Field(default=None, gt=0)
@@ -99,6 +107,18 @@ class JumpReLUSettings(SAESettings):
 
 
 class JumpReLUSAE(TrainableSAE):
+    """Trained, and the form in which batch top-k and Matryoshka SAEs are used.
+
+    The threshold is trained as it is, not as its logarithm: Adam's steps are of one length, whatever the threshold, so
+    that a small one could hardly grow as a logarithm. Below 0 it counts as 0, with the gradient of 0, so that a latent
+    comes back from there; what is exported is never below 0.
+
+    On a small GPT-2 (the demo model, d_sae 1024, 976 steps of 512 tokens, report split) targets of 8, 16 and 32 came
+    out 2.5% to 3% low with calibrated thresholds, after blocks.4 at explained variances of 0.793, 0.859 and 0.914; top
+    k had 0.786, 0.852 and 0.909 at 8, 16 and 32. A bandwidth of 0.3 to 2 made no difference beyond 0.003, nor did
+    `tanh`; `step` with ste_to_input lost 0.01.
+    """
+
     settings_type = JumpReLUSettings
     decoder_norm_at_start = 1.0
     revives_dead = True
@@ -178,6 +198,9 @@ class JumpReLUSAE(TrainableSAE):
     def next_state(
         self, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], fired: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
+        """With `target_l0`: log(coefficient) follows log(L0 / target), in proportion and summed over the run so far. L0
+        is the running one. While the run descends, no L0 between the target and a line from the first batch's L0 down
+        to the target is corrected, and one below the target not by the sum, which would overshoot later."""
         if not state or context.progress >= FREEZE:
             return dict(state)
         l0 = (fired.double().sum() / context.batch_tokens).clamp_min(1e-3)
@@ -187,8 +210,8 @@ class JumpReLUSAE(TrainableSAE):
         target = state["target_l0"].log()
         share = min(context.progress / DESCENT, 1.0)
         highest = target + (1 - share) * (at_start.log() - target).clamp_min(0)
-        surplus = (running.log() - highest).clamp_min(0) + (running.log() - target).clamp_max(0)
-        summed = surplus.clamp(-WINDUP if share == 1 else 0.0, WINDUP)
+        surplus = (running.log() - highest).clamp(0, MOST) + (running.log() - target).clamp(-MOST, 0)
+        summed = surplus.clamp(-MOST_SUMMED if share == 1 else 0.0, MOST_SUMMED)
         integral = state["integral"] + INTEGRAL_GAIN * (context.progress - state["progress"]) * summed
         return {
             **state,

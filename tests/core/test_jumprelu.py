@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_core import ConfigError, JumpReLUSAE, JumpReLUSettings, SAETrainer, TrainingSettings, parse_settings
+from sae_core import ConfigError, JumpReLUSAE, JumpReLUSettings, SAETrainer, TrainingSettings, calibrate, parse_settings
 from sae_core.sae import Gradients, SAEConfig, StepContext
 
 # Of two latents the first reads the first coordinate and writes it twice as long, the second one reads and writes the
@@ -92,6 +92,14 @@ def test_no_gradient_depends_on_where_a_latents_strength_lies(share):
 def test_wrong_settings_are_refused(mapping, message):
     with pytest.raises(ConfigError, match=message):
         parse_settings(mapping)
+
+
+def test_thresholds_start_where_four_times_the_target_are_active():
+    x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(1)) * 5 + 3
+    for settings, l0 in (({"target_l0": 10}, 40), ({"l0_coefficient": 1}, 0.05 * 512), ({"target_l0": 500}, 256)):
+        settings = parse_settings({"architecture": "jumprelu", "d_sae": 512, **settings})
+        trainer = SAETrainer(settings, TrainingSettings(steps=1, batch_tokens=8, dead_after_tokens=9), calibrate(x))
+        assert (trainer.export().encode(x) > 0).sum(1).float().mean().item() == pytest.approx(l0, rel=0.05)
 
 
 # ---- target_l0 ------------------------------------------------------------------------------------------------------
