@@ -27,7 +27,8 @@ from sae_core.kernels import Active, AtLeast, batch_top_threshold, encode, encod
 from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.settings import SAESettings
 
-# Batches in the running mean of their thresholds.
+# Batches in the running mean of their thresholds. While a small GPT-2's SAEs learn fast (k 4 and 16, lr 4e-3, batches
+# of 512), L0 in use was 3% below k after 200 steps and 1% after 400; with 20 batches 5 to 7%, with 50 9 to 21%.
 HORIZON = 10
 # A threshold is set this share below the smallest active value, which rounding could move below it otherwise.
 BELOW = 1e-6
@@ -57,6 +58,8 @@ class BatchTopKSAE(TrainableSAE):
     """State: the mean of the latest batches' thresholds, and of how many it is."""
 
     settings_type: ClassVar[type[SAESettings]] = BatchTopKSettings
+    # Unit rows as in topk.py. On a small GPT-2, 1500 steps of 512 tokens, explained variance was 0.848 with k 8 (topk
+    # 0.844), from 0.1 0.846; with k 32 0.930 (topk 0.922), from 0.1 0.935. No latent was dead.
     decoder_norm_at_start = 1.0
     revives_dead = True
     can_transcode = True

@@ -70,6 +70,8 @@ class MatryoshkaSettings(SAESettings):
 
 class MatryoshkaSAE(BatchTopKSAE):
     settings_type = MatryoshkaSettings
+    # On a small GPT-2, k 16, 600 steps of 512 tokens: explained variance 0.855 with 0.4% dead; from 0.3 0.860 with
+    # 1.2%, from 0.1 0.857 with 1.5%.
     decoder_norm_at_start = 1.0
     can_transcode = False
 

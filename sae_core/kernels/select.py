@@ -150,8 +150,9 @@ def encode_batch_top(
     step = max(CHUNK_ROWS, CHUNK_ENTRIES // n_latents)
     # A bound from the first tokens is met by about twice as many entries as are wanted; should the other tokens be so
     # different that fewer than n meet it, every positive entry is looked at.
-    bound = _bound_of_share(product.rows(0, step), 2 * n / len(x_BD))
-    flat, values = _entries_from(product, len(x_BD), step, bound)
+    first = product.rows(0, step)
+    bound = _bound_of_share(first, 2 * n / len(x_BD))
+    flat, values = _entries_from(product, len(x_BD), step, bound, first)
     if len(flat) < n and float(bound) > TINY:
         flat, values = _entries_from(product, len(x_BD), step, torch.tensor(TINY))
     values = values.to(x_BD.dtype)
@@ -187,7 +188,7 @@ def batch_top_threshold(
 def _tokens_at_once(x_BD: Tensor, n_latents: int, density: float | None) -> int:
     """How many tokens' product is made at a time: on a CPU, where pairs are kept, a few hundred."""
     few = x_BD.device.type == "cpu" and (density is None or density < active.SPARSE_BELOW["cpu"])
-    return max(64, CHUNK_ENTRIES // n_latents) if few else max(len(x_BD), 1)
+    return max(CHUNK_ROWS, CHUNK_ENTRIES // n_latents) if few else max(len(x_BD), 1)
 
 
 def _nth_largest(values: Tensor, n: int) -> Tensor:
@@ -208,11 +209,14 @@ def _bound_of_share(pre: Tensor, per_token: float) -> Tensor:
     return _nth_largest(pre.reshape(-1), n).clamp_min(TINY)
 
 
-def _entries_from(product: "_Product", n_tokens: int, step: int, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions and values of the entries at or above a bound."""
+def _entries_from(
+    product: "_Product", n_tokens: int, step: int, bound: Tensor, first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Flat positions and values of the entries at or above a bound; `first`: the first tokens' product, where it has
+    just been made."""
     positions, values = [], []
     for start in range(0, n_tokens, step):
-        pre = product.rows(start, start + step)
+        pre = first if start == 0 and first is not None else product.rows(start, start + step)
         found, there = _pairs_where(pre >= bound.to(pre.dtype), pre)
         values.append(there)
         positions.append(found.add_(start * pre.shape[1]))

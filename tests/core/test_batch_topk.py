@@ -52,5 +52,15 @@ def test_calibration_gives_k_on_its_own_tokens(trained, wide):
 
 def test_a_batch_of_another_size_has_the_same_density(trained, wide):
     for n_tokens in (64, 1024):
-        metrics = trained.sae.encode(wide.x[:n_tokens] * wide.calibration.scale)
-        assert (metrics > 0).sum() == K * n_tokens
+        f = trained.sae.encode(wide.x[:n_tokens] * wide.calibration.scale)
+        assert (f > 0).sum() == K * n_tokens
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [None, 700, 1100])
+@pytest.mark.parametrize("d_sae", [20, 3000])  # dense pairs, sparse pairs
+def test_exactly_k_are_active_also_where_products_are_made_in_pieces(wide, d_sae, micro_batch_tokens):
+    training = TrainingSettings(steps=2, batch_tokens=2000, dead_after_tokens=10_000)
+    settings = parse_settings({"architecture": "batch_topk", "d_sae": d_sae, "k": K})
+    trainer = SAETrainer(settings, training, wide.calibration, micro_batch_tokens=micro_batch_tokens)
+    for step in range(2):
+        assert trainer.train_step(wide.batch(step, 2000), want_metrics=True)["l0"] == K
