@@ -2,12 +2,13 @@
 
     python jobs/benchmarks/sweep.py [--quick] [--json FILE] [--repeats N]
 
-Both sides train the 20 SAEs of `jobs/specs/demo.yaml` (without its baselines) on as many tokens of the same corpus,
-with the same model, batch, learning rate, warm-ups and context, and evaluate each on as many report tokens. Ours is
-`penstock run` in an empty home; SAELens is `MultiSAETrainingRunner` and then `run_evals` an SAE (`saelens_sweep.py`).
-Each is a process of its own, and its wall time counts from the first instruction to the last: imports, Ray, reading
-and tokenising, training, evaluation, results on disk. The corpus reaches SAELens as a `datasets` folder of shuffled
-documents, written before its clock starts. Both may use two threads of a CPU.
+Both sides train the 20 standard, gated and TopK SAEs of `jobs/specs/demo.yaml` (their settings mean the same on both
+sides) on as many tokens of the same corpus, with the same model, batch, learning rate, warm-ups and context, and
+evaluate each on as many report tokens. Ours is `penstock run` in an empty home; SAELens is `MultiSAETrainingRunner`
+and then `run_evals` an SAE (`saelens_sweep.py`). Each is a process of its own, and its wall time counts from the first
+instruction to the last: imports, Ray, reading and tokenising, training, evaluation, results on disk. The corpus
+reaches SAELens as a `datasets` folder of shuffled documents, written before its clock starts. Both may use two threads
+of a CPU.
 
 `--quick` runs the code of both sides in this process on a few thousand tokens, ours without Ray. It only shows that
 the benchmark still works.
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from saelens_sweep import Job
 
 SPEC = ROOT / "jobs/specs/demo.yaml"
+ARCHITECTURES = ("standard", "gated", "topk")
 GOAL = 1.5
 THREADS = 2
 PHASES = ("start", "train", "evaluate", "rest")
@@ -118,9 +120,12 @@ def _quick(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _write_spec(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
-    """The demo's spec without baselines; `changes` replaces whole sections."""
+    """The demo's spec, of the compared architectures, with one learning rate (SAELens has one for all) and without
+    baselines; `changes` replaces whole sections."""
     spec = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
-    spec |= {"name": "benchmark", "baselines": {"k": []}} | (changes or {})
+    saes = [entry for entry in spec["saes"] if entry["architecture"] in ARCHITECTURES]
+    saes = [{name: value for name, value in entry.items() if name != "lr"} for entry in saes]
+    spec |= {"name": "benchmark", "saes": saes, "baselines": {"k": []}} | (changes or {})
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(spec), encoding="utf-8")
     return path
