@@ -79,7 +79,7 @@ class JumpReLUSettings(SAESettings):
     bandwidth: float = Field(default=1.0, gt=0)
     threshold_at_start: float | None = Field(default=None, ge=0)
     tanh_scale: float = Field(default=4.0, gt=0)
-    pre_act_coefficient: float = Field(default=0.0, ge=0)
+    pre_act_coefficient: float = Field(default=1e-3, ge=0)
     ste_to_input: bool = False
     skip: bool = False
 

@@ -50,7 +50,7 @@ def test_tanh_loss():
 def test_the_loss_on_dead_latents():
     # of latent 0 the ways to the threshold 4 are 1 and 5, times its norm 2; errors 9 + 1 and 1, one pair active
     terms, _ = step(make([4.0, 1.5]), dead=torch.tensor([True, False]), pre_act_coefficient=0.25)
-    plain, _ = step(make([4.0, 1.5]), dead=torch.tensor([True, False]))
+    plain, _ = step(make([4.0, 1.5]), dead=torch.tensor([True, False]), pre_act_coefficient=0)
     assert (terms.loss - plain.loss).item() == pytest.approx(0.25 * 2 * 6 / 2)
 
 
