@@ -9,6 +9,7 @@ import json
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Pack:
         members: the SAEs; those already finished or stopped for good must not be among them.
         calibrations: one an input.
         emit: called with every event: metric rows, and an SAE's end.
+        saes_at_once: how many SAEs step at the same time, each with torch's threads; the results are the same.
         allow_code_change: go on with checkpoints that other source code has written.
     """
 
@@ -80,6 +82,7 @@ class Pack:
         *,
         device: str = "cpu",
         micro_batch_tokens: int | None = None,
+        saes_at_once: int = 1,
         emit: Callable[[dict[str, Any]], None] = lambda event: None,
         log: Callable[[str], None] = print,
         allow_code_change: bool = False,
@@ -89,6 +92,7 @@ class Pack:
         self._emit = emit
         self._log = log
         self._metrics_every = max(1, training.steps // 100)
+        self._pool = ThreadPoolExecutor(saes_at_once) if saes_at_once > 1 else None
         self._slots: list[_Slot] = []
         for member in members:
             trainer = SAETrainer(
@@ -112,10 +116,17 @@ class Pack:
         """Train every active SAE that stands at this step on its batch: an array [batch, d] an input, read-only, whose
         rows are the same tokens in all of them."""
         want_metrics = (step + 1) % self._metrics_every == 0 or step + 1 == self.training.steps
-        for slot in self._slots:
-            if slot.active and slot.trainer.steps_done == step:
-                target = inputs[slot.member.writes] if slot.member.is_transcoder else None
-                self._step_one(slot, inputs[slot.member.reads], target, want_metrics)
+        due = [slot for slot in self._slots if slot.active and slot.trainer.steps_done == step]
+
+        def train(slot: _Slot) -> dict[str, float] | Exception | None:
+            target = inputs[slot.member.writes] if slot.member.is_transcoder else None
+            try:
+                return self._step_within_memory(slot.trainer, inputs[slot.member.reads], target, want_metrics)
+            except Exception as error:  # the border of one SAE: its fault stops it alone
+                return error
+
+        for slot, outcome in zip(due, self._pool.map(train, due) if self._pool else map(train, due), strict=True):
+            self._note(slot, outcome)
 
     def checkpoint(self) -> None:
         """Save every active SAE whole; a stopped one keeps its last checkpoint."""
@@ -134,19 +145,18 @@ class Pack:
 
     # ---- one SAE ----
 
-    def _step_one(self, slot: _Slot, x: Tensor, target: Tensor | None, want_metrics: bool) -> None:
-        try:
-            metrics = self._step_within_memory(slot.trainer, x, target, want_metrics)
-        except Exception as error:  # the border of one SAE: its fault stops it alone
-            traceback.print_exc()
-            self._stop(slot, "failed", f"{type(error).__name__}: {error}")
+    def _note(self, slot: _Slot, outcome: dict[str, float] | Exception | None) -> None:
+        """What a step has come to: metrics, if they were wanted, or what it failed of."""
+        if outcome is None:
             return
-        if metrics is None:
+        if isinstance(outcome, Exception):
+            traceback.print_exception(outcome)
+            self._stop(slot, "failed", f"{type(outcome).__name__}: {outcome}")
             return
         if slot.trainer.diverged:
             self._stop_diverged(slot)
             return
-        row = {"tokens": slot.trainer.tokens_seen, "metrics": metrics}
+        row = {"tokens": slot.trainer.tokens_seen, "metrics": outcome}
         slot.history.append(row)
         self._emit({"kind": "metrics", "sae_id": slot.member.sae_id, **row})
 

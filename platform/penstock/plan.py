@@ -299,12 +299,13 @@ def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]
     """
     limit = (spec.resources.pack_memory_gb or DEFAULT_PACK_MEMORY_GB) * 1e9
     micro_batch = spec.train.micro_batch_tokens or spec.train.batch_tokens
+    at_once = spec.resources.saes_at_once
     packs = []
     for site in spec.sites:
         here = [sae for sae in saes if sae.site == site]
         reads, writes = (site.array(name, spec.data.exclude.norm_over_median) for name in (site.reads, site.writes))
         for sae in here:
-            need = sae.memory_bytes + sae.activation_bytes(micro_batch)
+            need = sae.memory_bytes + at_once * sae.activation_bytes(micro_batch)
             if need > limit:
                 raise SweepError(
                     f"saes: d_sae {sae.settings.d_sae} at {site.label} needs {need / 1e9:.1f} GB on one worker, and "
@@ -312,7 +313,7 @@ def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]
                     "train.micro_batch_tokens, or workers with more memory"
                 )
         total = sum(sae.memory_bytes for sae in here)
-        room = limit - max((sae.activation_bytes(micro_batch) for sae in here), default=0)
+        room = limit - at_once * max((sae.activation_bytes(micro_batch) for sae in here), default=0)
         count = min(len(here), max(spec.resources.packs_per_hook_point, math.ceil(total / room)))
         while count:
             groups = [here[index::count] for index in range(count)]
@@ -320,7 +321,8 @@ def plan_packs(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[PlannedPack]
                 break
             count += 1
         for group in groups if count else []:
-            memory = sum(sae.memory_bytes for sae in group) + max(sae.activation_bytes(micro_batch) for sae in group)
+            in_steps = at_once * max(sae.activation_bytes(micro_batch) for sae in group)
+            memory = sum(sae.memory_bytes for sae in group) + in_steps
             packs.append(PlannedPack(site, reads, writes, tuple(group), memory))
     return packs
 
@@ -394,7 +396,8 @@ def describe(
     harvest_flops = len(rounds) * 2.0 * model.n_parameters * rows * spec.data.context_size
     sae_flops = sum(6.0 * sae.n_products * spec.train.tokens for sae in trained)
     unit = "GPU" if spec.resources.gpus_per_pack else "CPU core"
-    workers = max(1.0, slots * (spec.resources.gpus_per_pack or spec.resources.pack_threads))
+    threads = spec.resources.pack_threads * spec.resources.saes_at_once
+    workers = max(1.0, slots * (spec.resources.gpus_per_pack or threads))
     hours = (harvest_flops / max(1, spec.resources.model_hosts) + sae_flops / workers) / ASSUMED_FLOPS[unit] / 3600
     baselines = sum(sae.baseline is not None for sae in saes)
     lines = [

@@ -222,6 +222,7 @@ class ResourceSpec(_Section):
     cpus_per_pack: Cores = 1
     gpus_per_pack: Cores = 0
     pack_threads: int = Field(1, gt=0)
+    saes_at_once: int = Field(1, gt=0, description="SAEs of a pack that step at the same time, each with pack_threads")
     packs_per_hook_point: int = Field(1, gt=0, description="at least so many; more where memory needs it")
     pack_memory_gb: float | None = Field(None, gt=0, description="memory of a pack's worker; 8 unless given")
     gpu_hour_cost: float | None = Field(None, ge=0, description="currency units a GPU hour, for the plan's estimate")

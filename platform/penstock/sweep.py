@@ -261,6 +261,7 @@ class Driver:
             checkpoints=self.spec.train.checkpoints,
             micro_batch_tokens=self.spec.train.micro_batch_tokens,
             threads=resources.pack_threads,
+            saes_at_once=resources.saes_at_once,
             on_gpu=resources.gpus_per_pack > 0,
             attempt=attempt,
             attempt_file=self.sweep.attempt_file,

@@ -39,6 +39,7 @@ class PackJob:
     checkpoints: int
     micro_batch_tokens: int | None
     threads: int
+    saes_at_once: int
     on_gpu: bool
     attempt: int
     attempt_file: str
@@ -70,6 +71,7 @@ def _train(job: PackJob, client: StreamClient) -> None:
         job.storage,
         device=device,
         micro_batch_tokens=job.micro_batch_tokens,
+        saes_at_once=job.saes_at_once if device == "cpu" else 1,
         emit=client.emit,
         log=client.log,
         allow_code_change=job.allow_code_change,

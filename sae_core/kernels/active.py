@@ -210,6 +210,9 @@ class SparseActive:
 
 
 def _sparse_rows(bounds: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # torch says once that its sparse rows are "in beta", and that it checks nothing
-        warnings.filterwarnings("ignore", message="Sparse")
-        return torch.sparse_csr_tensor(bounds, columns, values, shape, check_invariants=False)
+    return torch.sparse_csr_tensor(bounds, columns, values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch says once a process that its sparse rows are "in beta"
+    warnings.simplefilter("ignore")
+    _sparse_rows(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1))

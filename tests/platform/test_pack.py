@@ -259,3 +259,19 @@ def test_an_sae_of_all_heads_says_how_its_activations_come(tmp_path):
     train(pack)
     pack.finish()
     assert json.loads((tmp_path / "saes/heads/final/cfg.json").read_text())["reshape_activations"] == "hook_z"
+
+
+def test_saes_that_step_at_the_same_time_get_the_same_bits(tmp_path):
+    members = [TOPK, STANDARD, GATED, EXPLODING]
+    events = {}
+    for name, at_once in (("one", 1), ("three", 3)):
+        events[name] = []
+        pack = make(tmp_path / name, *members, saes_at_once=at_once, emit=events[name].append)
+        train(pack)
+        pack.finish()
+    for sae in ("topk", "standard", "gated"):
+        assert_same(final(tmp_path / "one", sae), final(tmp_path / "three", sae))
+    assert events["one"] == events["three"]
+    assert {"kind": "stopped", "sae_id": "exploding"}.items() <= next(
+        event for event in events["three"] if event["kind"] == "stopped"
+    ).items()

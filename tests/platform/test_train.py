@@ -64,7 +64,8 @@ def start(tmp_path):
         job = PackJob(
             pack_id=name, members=MEMBERS, hook_points=(READS, WRITES), training=TRAINING, schedule=SCHEDULE,
             storage=storage, calibration_folder="calibration", dtype="float32", checkpoints=0, micro_batch_tokens=None,
-            threads=1, on_gpu=False, attempt=1, attempt_file="attempt.json", allow_code_change=False, code=code_hash(),
+            threads=1, saes_at_once=2, on_gpu=False, attempt=1, attempt_file="attempt.json", allow_code_change=False,
+            code=code_hash(),
         )  # fmt: skip
         return job, Blocks()
 
