@@ -68,19 +68,20 @@ class JumpReLUSettings(SAESettings):
 
     bandwidth, threshold_at_start: in normalised units, those of activations of mean norm sqrt(d_in). Without the
     latter, thresholds start where four times target_l0 latents would be active, or 5% of them.
-    pre_act_coefficient: of the loss on dead latents; 0 for none. ste_to_input: of `step` and `tanh` alike.
+    pre_act_coefficient: of the loss on dead latents; 0 for none. ste_to_input: as in their sources, true for `tanh`
+    and false for `step`, unless given.
     """
 
     architecture: Literal["jumprelu"] = "jumprelu"
     l0_coefficient: float | None = Field(default=None, gt=0)
     l0_warm_up_steps: int = Field(default=0, ge=0)
     target_l0: float | None = Field(default=None, gt=0)
-    sparsity: Literal["step", "tanh"] = "step"
+    sparsity: Literal["tanh", "step"] = "tanh"
     bandwidth: float = Field(default=1.0, gt=0)
     threshold_at_start: float | None = Field(default=None, ge=0)
     tanh_scale: float = Field(default=4.0, gt=0)
     pre_act_coefficient: float = Field(default=1e-3, ge=0)
-    ste_to_input: bool = False
+    ste_to_input: bool = Field(default_factory=lambda settings: settings.get("sparsity") == "tanh")
     skip: bool = False
 
     def coefficient_at(self, step: int) -> float:
@@ -113,10 +114,16 @@ class JumpReLUSAE(TrainableSAE):
     that a small one could hardly grow as a logarithm. Below 0 it counts as 0, with the gradient of 0, so that a latent
     comes back from there; what is exported is never below 0.
 
-    On a small GPT-2 (the demo model, d_sae 1024, 976 steps of 512 tokens, report split) targets of 8, 16 and 32 came
-    out 2.5% to 3% low with calibrated thresholds, after blocks.4 at explained variances of 0.793, 0.859 and 0.914; top
-    k had 0.786, 0.852 and 0.909 at 8, 16 and 32. A bandwidth of 0.3 to 2 made no difference beyond 0.003, nor did
-    `tanh`; `step` with ste_to_input lost 0.01.
+    On a small GPT-2 (the demo model, d_sae 1024, 976 steps of 512 tokens, one seed, report split), targets of 8, 16 and
+    32, explained variance after blocks.4, and the share of latents that did not fire on 30k tokens after blocks.1:
+
+        tanh      0.793, 0.858, 0.914 at L0 7.6, 15.3, 30.9     3%, 1%, 0%
+        step      0.793, 0.859, 0.914 at L0 7.8, 15.5, 31.2    17%, 11%, 7%
+        topk      0.786, 0.852, 0.909 at L0 8, 16, 32          18%, 6%, 1%
+
+    `step` with ste_to_input lost 0.01; a bandwidth between 0.3 and 2 made no difference beyond 0.003. The loss on dead
+    latents took the share that the last 125k tokens of training left dead after blocks.1 (step, target 16) from 9% to
+    1%; its gradient counts from 1e-3 on, and from 1 on it disturbs the others.
     """
 
     settings_type = JumpReLUSettings

@@ -15,7 +15,9 @@ REVIVAL = {
     "standard": StandardSettings(d_sae=D_SAE, l1_coefficient=0.7, aux_coefficient=0.6, pre_act_coefficient=0.3),
     "gated": GatedSettings(d_sae=D_SAE, l1_coefficient=0.7, aux_coefficient=0.6, pre_act_coefficient=0.3),
 }
-JUMPRELU = JumpReLUSettings(d_sae=D_SAE, l0_coefficient=0.7, bandwidth=0.8, pre_act_coefficient=0.3)
+JUMPRELU = JumpReLUSettings(
+    d_sae=D_SAE, l0_coefficient=0.7, sparsity="step", bandwidth=0.8, pre_act_coefficient=0.3
+)
 
 
 def make_sae(architecture: str, **fields):

@@ -19,8 +19,8 @@ def make(threshold):
     return JumpReLUSAE(cfg, {**weights, "threshold": torch.tensor(threshold)})
 
 
-def step(sae, dead=None, **settings):
-    settings = JumpReLUSettings(d_sae=2, l0_coefficient=0.5, **settings)
+def step(sae, dead=None, sparsity="step", **settings):
+    settings = JumpReLUSettings(d_sae=2, l0_coefficient=0.5, sparsity=sparsity, **settings)
     gradients = Gradients(frozenset(name for name, _ in sae.named_parameters()))
     with torch.no_grad():
         return sae.accumulate_gradients(X, X, gradients, StepContext(2, 0.5, dead, settings=settings)), gradients
@@ -86,7 +86,7 @@ def test_no_gradient_depends_on_where_a_latents_strength_lies(share):
         ({**JUMPRELU, "target_l0": 3}, r"target_l0 is 3: accepted is at most d_sae \(2\)"),
         ({**JUMPRELU, "target_l0": 0}, "target_l0 is 0"),
         ({**JUMPRELU, "target_l0": 1, "l0_warm_up_steps": 5}, "l0_warm_up_steps is 5"),
-        ({**JUMPRELU, "l0_coefficient": 1, "sparsity": "quadratic"}, "'step' or 'tanh'"),
+        ({**JUMPRELU, "l0_coefficient": 1, "sparsity": "quadratic"}, "'tanh' or 'step'"),
     ],
 )
 def test_wrong_settings_are_refused(mapping, message):
@@ -100,6 +100,12 @@ def test_thresholds_start_where_four_times_the_target_are_active():
         settings = parse_settings({"architecture": "jumprelu", "d_sae": 512, **settings})
         trainer = SAETrainer(settings, TrainingSettings(steps=1, batch_tokens=8, dead_after_tokens=9), calibrate(x))
         assert (trainer.export().encode(x) > 0).sum(1).float().mean().item() == pytest.approx(l0, rel=0.05)
+
+
+def test_the_estimators_gradient_to_the_input_follows_the_source_unless_told():
+    settings = {name: parse_settings({**JUMPRELU, "target_l0": 1, "sparsity": name}) for name in ("tanh", "step")}
+    assert (settings["tanh"].ste_to_input, settings["step"].ste_to_input) == (True, False)
+    assert parse_settings({**JUMPRELU, "target_l0": 1, "sparsity": "step", "ste_to_input": True}).ste_to_input
 
 
 # ---- target_l0 ------------------------------------------------------------------------------------------------------
