@@ -27,7 +27,7 @@ from fronts import print_table
 from sides import Recipe
 
 TARGETS = (8.0, 16.0, 32.0)
-COEFFICIENTS = (0.01, 0.1, 1.0)  # of SAELens' quadratic penalty; its own default is 1
+COEFFICIENTS = (0.1, 1.0, 10.0)  # of SAELens' quadratic penalty; its own default is 1
 LR = 4e-3  # the demo spec's
 GOAL = 0.15  # greatest relative error of L0
 FIGURES = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
