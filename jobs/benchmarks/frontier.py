@@ -58,7 +58,7 @@ from sae_core import SAE, Calibration, TopKBasis, calibrate
 SPEC = ROOT / "jobs/specs/demo.yaml"
 L0S = (4, 8, 16, 32)  # to a quarter of the demo model's d_in
 TUNED_AT = 16
-LRS = (1e-3, 2e-3, 4e-3, 8e-3)
+LRS = (2e-3, 4e-3, 8e-3, 1.6e-2)
 D_SAE = 1024
 WIDTHS = (64, 128, 256, 512, 1024)
 KS = (3, 4, 8, 16, 32, 40)

@@ -8,7 +8,7 @@ on the same samples in the same order with the same schedules (`sides.py`), arou
 evaluates both on the same fresh samples:
 
 - MCC: mean cosine of decoder rows and features, matched one to one (arXiv 2505.20254)
-- precision, recall: of a latent as a detector of the feature nearest to its decoder row; means over latents
+- precision, recall, F1: of a latent as a detector of the feature nearest to its decoder row; means over latents
 
 and to these comes, as that package has none,
 
@@ -42,8 +42,8 @@ N_FEATURES, D_IN, N_TREES, CHILDREN = 128, 48, 16, 3
 SCHEDULE = Schedule(steps=1500, batch_tokens=512, lr_warm_up_steps=50, lr_decay_steps=300, dead_after_tokens=50_000,
                     coefficient_warm_up_steps=300)  # fmt: skip
 EVALUATED, AT_ONCE = 40_000, 8_000
-LRS = (1e-3, 3e-3, 1e-2, 3e-2)
-FIGURES = {"mcc": "MCC", "precision": "precision", "recall": "recall", "absorption": "absorption"}
+LRS = (3e-3, 1e-2, 3e-2)
+FIGURES = {"mcc": "MCC", "precision": "precision", "recall": "recall", "f1": "F1", "absorption": "absorption"}
 LESS_IS_BETTER = ("absorption",)
 AROUND = (0.5, 1.0, 2.0)  # times the true L0
 KS = (2, 3, 5, 7, 10)  # the true L0 is 4.6
@@ -146,6 +146,7 @@ def evaluate(task: World, sae: SAE) -> dict[str, float]:
         "mcc": found.mcc,
         "precision": found.classification.precision,
         "recall": found.classification.recall,
+        "f1": found.classification.f1_score,
         "absorption": absorption(task, sae),
         "explained_variance": found.explained_variance,
         "dead_fraction": found.dead_latents / sae.d_sae,
