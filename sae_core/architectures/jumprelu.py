@@ -161,14 +161,16 @@ class JumpReLUSAE(TrainableSAE):
         on = excess > 0
         f = active.shift(excess, threshold) * on
         in_band = (height > 0) & (active.shift(excess, -half) < 0)
-        error = self.error(active, f, x, target)
+        firing, at_firing = active.restricted(on)
+        f_firing = at_firing(f)
+        error = self.error(firing, f_firing, x, target)
 
         d_x_hat = error * (2 / context.batch_tokens)
         l0 = context.coefficient / context.batch_tokens
         kernel = 0.5 / half
         fired = active.per_latent(on.to(f.dtype))
         d_f = active.row_dots(d_x_hat, self.W_dec)
-        d_W_dec = active.latent_sums(f, d_x_hat)
+        d_W_dec = firing.latent_sums(f_firing, d_x_hat)
         if settings.sparsity == "step":
             sparsity = fired.sum()
             d_jump = active.shift(active.scale(d_f, threshold * kernel), l0 * kernel)
@@ -181,10 +183,10 @@ class JumpReLUSAE(TrainableSAE):
             d_norms = active.per_latent(slope * f) / norms.clamp_min(1e-12)
             d_W_dec.addcmul_(self.W_dec, d_norms[:, None])
         d_jump = d_jump * in_band
-        d_pre = d_f * on + d_jump if settings.ste_to_input else d_f * on
         gradients.add("W_dec", d_W_dec)
         self.add_output_gradients(gradients, d_x_hat, x)
-        gradients.add("b_enc", self.add_encoder_gradients(gradients, active, d_pre, x_centred))
+        moving, d_pre = (active, d_f * on + d_jump) if settings.ste_to_input else (firing, at_firing(d_f * on))
+        gradients.add("b_enc", self.add_encoder_gradients(gradients, moving, d_pre, x_centred))
         gradients.add("threshold", -active.per_latent(d_jump))
 
         loss = error.square().sum() / context.batch_tokens + l0 * sparsity

@@ -8,14 +8,14 @@ Shapes: B tokens, D = d_in or d_out, F = d_sae, P pairs.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 # Below this share of active pairs the sparse form is taken. On CPU both take equally long at about 0.15 to 0.2; at
@@ -45,6 +45,10 @@ class Active(Protocol):
 
     def shift(self, values: Tensor, by_F: Tensor) -> Tensor:
         """value + by[latent]; entries off the active pairs are not defined afterwards."""
+
+    def restricted(self, keep: Tensor) -> "tuple[Active, Callable[[Tensor], Tensor]]":
+        """The pairs at which `keep` (bool values) holds, and what takes values to theirs; values must be 0 elsewhere,
+        since the dense form keeps all it has."""
 
     def by_level(self, widths: Sequence[int]) -> "Levels":
         """The same pairs and values, with a row for each token and level instead of one for each token: row
@@ -88,6 +92,9 @@ class DenseActive:
 
     def shift(self, values: Tensor, by_F: Tensor) -> Tensor:
         return values + by_F
+
+    def restricted(self, keep: Tensor) -> "tuple[Active, Callable[[Tensor], Tensor]]":
+        return self, lambda values: values
 
     def by_level(self, widths: Sequence[int]) -> "Levels":
         return _DenseLevels(self.support_BF, widths)
@@ -192,6 +199,20 @@ class SparseActive:
 
     def shift(self, values: Tensor, by_F: Tensor) -> Tensor:
         return values + by_F[self.latents]
+
+    def restricted(self, keep: Tensor) -> "tuple[Active, Callable[[Tensor], Tensor]]":
+        before = nn.functional.pad(keep.cumsum(0), (1, 0))  # pairs kept before each
+        kept_by_latent = keep[self.order]
+        before_by_latent = nn.functional.pad(kept_by_latent.cumsum(0), (1, 0))
+        kept = copy(self)
+        kept.__dict__.pop("_pattern", None)
+        kept.latents = self.latents[keep]
+        kept.bounds = before[self.bounds]
+        kept.order = before[self.order[kept_by_latent]]
+        kept.tokens_by_latent = self.tokens_by_latent[kept_by_latent]
+        kept.starts_by_latent = before_by_latent[self.starts_by_latent]
+        kept.active = None if self.active is None else self.active[keep]
+        return kept, lambda values: values[keep]
 
     def by_level(self, widths: Sequence[int]) -> "SparseActive":
         """Pairs lie in the order of tokens, and of latents for each token: by token and level as well."""
