@@ -140,8 +140,8 @@ def tasks(size: Size) -> list[Task]:
 
 def penalised_settings(architecture: str, d_sae: int) -> dict[str, Any]:
     settings = {"architecture": architecture, "d_sae": d_sae}
-    # Pairs within the bandwidth are work for us. It is as many spreads of these pre-activations (0.29) as our default of
-    # 1.0 is of those of the demo model (0.8 and 0.93).
+    # Pairs within the bandwidth are work for us. It is as many spreads of these pre-activations (0.29) as our default
+    # of 1.0 is of those of the demo model (0.8 and 0.93).
     if architecture == "jumprelu":
         return settings | {"l0_coefficient": 1.0, "bandwidth": 0.3, "sparsity": "step", "ste_to_input": False}
     return settings | {"l1_coefficient": 1.0}

@@ -287,7 +287,8 @@ def test_pairs_of_a_number_fixed_beforehand_do_what_the_active_ones_do():
     for (fixed, fixed_values), (plain, plain_values) in ((of_rows, few), (of_batch, (batch, values))):
         assert len(fixed_values) == 72 > len(plain_values[plain_values > 0])
         torch.testing.assert_close(fixed.decode(fixed_values, W), plain.decode(plain_values, W))
-        for one, other in ((fixed_values, plain_values), (fixed.row_dots(g, W, W[:, 0]), plain.row_dots(g, W, W[:, 0]))):
+        dots = (fixed.row_dots(g, W, W[:, 0]), plain.row_dots(g, W, W[:, 0]))
+        for one, other in ((fixed_values, plain_values), dots):
             torch.testing.assert_close(fixed.latent_sums(one, g), plain.latent_sums(other, g))
             torch.testing.assert_close(fixed.per_latent(one), plain.per_latent(other))
 
