@@ -141,11 +141,11 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
             head.processes("ray::RayTrainWorker")[0].kill()
             host = head.processes("ray::HostActor")[0]
             host.kill()
+            _, complaint = second.communicate(timeout=120)  # while the first one's pack is started again
             wait_for(lambda: len(list(broken.glob("saes/*/checkpoints/*/manifest.json"))) > 2, driver, log)
         finally:
             driver.kill()
             driver.wait()
-    _, complaint = second.communicate(timeout=60)
     assert second.returncode == 2 and "is running on this cluster already" in complaint, complaint
     wait_for(lambda: not head.processes("ray::HostActor"), None, log)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
