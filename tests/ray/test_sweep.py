@@ -138,10 +138,15 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
             wait_for(lambda: "starting" in log.read_text() and "sweep id" in log.read_text(), driver, log)
             second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
             wait_for(lambda: "first step" in log.read_text() and head.processes("ray::RayTrainWorker"), driver, log)
-            head.processes("ray::RayTrainWorker")[0].kill()
+            workers = head.processes("ray::RayTrainWorker")
+            for worker in workers:  # on a busy machine the sweep would be over before the second driver asks for it
+                worker.suspend()
+            _, complaint = second.communicate(timeout=50)
+            workers[0].kill()
             host = head.processes("ray::HostActor")[0]
             host.kill()
-            _, complaint = second.communicate(timeout=120)  # while the first one's pack is started again
+            for worker in workers[1:]:
+                worker.resume()
             wait_for(lambda: len(list(broken.glob("saes/*/checkpoints/*/manifest.json"))) > 2, driver, log)
         finally:
             driver.kill()
