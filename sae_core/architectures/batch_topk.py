@@ -14,14 +14,15 @@ mean over the latest batches alone.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sae_core.architectures.jumprelu import JumpReLUSAE
-from sae_core.dead import accumulate_aux_k
+from sae_core.architectures.jumprelu import TOKENS_AT_ONCE, JumpReLUSAE
+from sae_core.architectures.topk import top_k_step
 from sae_core.functional import batch_topk
 from sae_core.kernels import Active, AtLeast, batch_top_threshold, encode, encode_batch_top
 from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
@@ -32,7 +33,6 @@ from sae_core.settings import SAESettings
 HORIZON = 10
 # A threshold is set this share below the smallest active value, which rounding could move below it otherwise.
 BELOW = 1e-6
-TOKENS_AT_ONCE = 4096
 
 
 class BatchTopKSettings(SAESettings):
@@ -76,18 +76,8 @@ class BatchTopKSAE(TrainableSAE):
     ) -> StepTerms:
         x_centred = self.centre(x)
         active, f, threshold = self.batch_top(x_centred, context)
-        error = self.error(active, f, x, target)
-
-        d_x_hat = error * (2 / context.batch_tokens)
-        d_pre = active.row_dots(d_x_hat, self.W_dec)
-        gradients.add("W_dec", active.latent_sums(f, d_x_hat))
-        self.add_output_gradients(gradients, d_x_hat, x)
-        gradients.add("b_enc", self.add_encoder_gradients(gradients, active, d_pre, x_centred))
-
-        loss = error.square().sum() / context.batch_tokens
-        if context.dead is not None:
-            loss = loss + accumulate_aux_k(self, x_centred, error, gradients, context)
-        return StepTerms(loss, error, active.per_latent(f.sign()), {"threshold": threshold})
+        terms = top_k_step(self, active, f, x, target, x_centred, gradients, context)
+        return replace(terms, extra={"threshold": threshold})
 
     # ---- the threshold ----
 

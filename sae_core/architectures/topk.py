@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_core.dead import accumulate_aux_k
 from sae_core.functional import topk
-from sae_core.kernels import TopK, encode
+from sae_core.kernels import Active, TopK, encode
 from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.settings import SAESettings
 
@@ -70,15 +70,28 @@ class TopKSAE(TrainableSAE):
             x_centred, self.W_enc * norms, self.b_enc * norms, TopK(self.cfg.k, self.d_sae), context.encoder_dtype
         )
         f = active.scale(ranks, 1 / norms)
-        error = self.error(active, f, x, target)
+        return top_k_step(self, active, f, x, target, x_centred, gradients, context)
 
-        d_x_hat = error * (2 / context.batch_tokens)
-        d_pre = active.row_dots(d_x_hat, self.W_dec)
-        gradients.add("W_dec", active.latent_sums(f, d_x_hat))
-        self.add_output_gradients(gradients, d_x_hat, x)
-        gradients.add("b_enc", self.add_encoder_gradients(gradients, active, d_pre, x_centred))
 
-        loss = error.square().sum() / context.batch_tokens
-        if context.dead is not None:
-            loss = loss + accumulate_aux_k(self, x_centred, error, gradients, context)
-        return StepTerms(loss, error, fired=active.per_latent(f.sign()))
+def top_k_step(
+    sae: TrainableSAE,
+    active: Active,
+    f: Tensor,
+    x: Tensor,
+    target: Tensor,
+    x_centred: Tensor,
+    gradients: Gradients,
+    context: StepContext,
+) -> StepTerms:
+    """A step once its active pairs are chosen, f [pairs] their activations: squared error, and AuxK."""
+    error = sae.error(active, f, x, target)
+    d_x_hat = error * (2 / context.batch_tokens)
+    d_pre = active.row_dots(d_x_hat, sae.W_dec)
+    gradients.add("W_dec", active.latent_sums(f, d_x_hat))
+    sae.add_output_gradients(gradients, d_x_hat, x)
+    gradients.add("b_enc", sae.add_encoder_gradients(gradients, active, d_pre, x_centred))
+
+    loss = error.square().sum() / context.batch_tokens
+    if context.dead is not None:
+        loss = loss + accumulate_aux_k(sae, x_centred, error, gradients, context)
+    return StepTerms(loss, error, fired=active.per_latent(f.sign()))
