@@ -151,10 +151,8 @@ def report(
     versions_of: Sequence[str], notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Print the machine (as `machine()` described it before the runs) and the table; write the JSON if asked to."""
-    versions = {name: version(name) for name in versions_of}
     print(f"\n{title}")
-    print(f"{described['cpu']}, {described['cores']} cores, {described['memory_gb']} GB; Python {described['python']}, "
-          + ", ".join(f"{name} {number}" for name, number in versions.items()))  # fmt: skip
+    print_machine(described, versions_of)
     print("\n" + table(rows))
     for note in notes:
         print(note)
@@ -162,11 +160,21 @@ def report(
         print(f"Something else was running (load average {described['load_average']}): not figures to quote.")
     if arguments.json:
         figures = [figure for row in rows for figure in row.figures()]
-        result = {
-            "machine": dict(described), "versions": versions, "quick": arguments.quick, "repeats": arguments.repeats,
-            "figures": figures,
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(arguments, described, versions_of, repeats=arguments.repeats, figures=figures)
+
+
+def print_machine(described: Mapping[str, Any], versions_of: Sequence[str]) -> None:
+    print(f"{described['cpu']}, {described['cores']} cores, {described['memory_gb']} GB; Python {described['python']}, "
+          + ", ".join(f"{name} {version(name)}" for name in versions_of))  # fmt: skip
+
+
+def write_result(
+    arguments: argparse.Namespace, described: Mapping[str, Any], versions_of: Sequence[str], **found: Any
+) -> None:
+    """The file of `--json`: machine, versions, whether it was a quick run, and what was found, `figures` among it."""
+    versions = {name: version(name) for name in versions_of}
+    result = {"machine": dict(described), "versions": versions, "quick": arguments.quick, **found}
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: Sequence[Comparison]) -> str:

@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from common import ROOT, machine, parser
+from common import ROOT, machine, parser, print_machine, write_result
 from fronts import REACH, difference_interval, holds, interpolate, mean_interval, per_seed, print_table, shown, verdict
-from sides import SIDES, Recipe, Schedule, Side, train
+from sides import SIDES, Recipe, Schedule, Side, train, variants
 
 import sae_core
 from penstock.batches import Schedule as Batches
@@ -62,27 +62,7 @@ LRS = (2e-3, 4e-3, 8e-3, 1.6e-2)
 D_SAE = 1024
 WIDTHS = (64, 128, 256, 512, 1024)
 KS = (3, 4, 8, 16, 32, 40)
-# Of each architecture, the ways to train it that a side may choose from, and the sparsities of each.
-L1 = {"plain": [{"l1_coefficient": value} for value in (0.5, 1, 2, 4, 8, 16)]}
-TOPK = {"plain": [{"k": k} for k in KS]}
-MATRYOSHKA = {"plain": [{"k": k, "widths": list(WIDTHS)} for k in KS]}
-# Beside SAELens' defaults (0.05, 0.01): its gradient to thresholds reaches further.
-WIDE = {"jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
-VARIANTS: dict[str, dict[Side, dict[str, list[dict[str, Any]]]]] = {
-    "standard": {"ours": L1, "theirs": L1},
-    "gated": {"ours": L1, "theirs": L1},
-    "topk": {"ours": TOPK, "theirs": TOPK},
-    "batch_topk": {"ours": TOPK, "theirs": TOPK},
-    "matryoshka": {"ours": MATRYOSHKA, "theirs": MATRYOSHKA},
-    "jumprelu": {
-        "ours": {"target": [{"target_l0": k} for k in KS]},
-        "theirs": {
-            "step": [{"l0_coefficient": value} for value in (0.1, 0.3, 1, 3, 10)],
-            "step, wide": [{"l0_coefficient": value, **WIDE} for value in (0.1, 0.3, 1, 3, 10)],
-            "quadratic": [{"target_l0": k, "jumprelu_sparsity_loss_mode": "quadratic"} for k in KS],
-        },
-    },
-}
+VARIANTS = variants(l1=(0.5, 1, 2, 4, 8, 16), k=KS, l0=(0.1, 0.3, 1, 3, 10), widths=WIDTHS)
 EVALUATOR = ("evaluation.py", "hooked.py", "functional.py", "baselines.py")
 TOGETHER = 8  # SAEs that share the clean and the ablated passes of one evaluation
 QUICK = {
@@ -540,9 +520,8 @@ def main() -> None:
             known = baselines(task, workers, arguments)
             found = trained_fronts(task, workers, arguments)
     rows = compare(found, known)
-    versions = {name: version(name) for name in VERSIONS}
-    print(f"\n{described['cpu']}, {described['cores']} cores; Python {described['python']}, "
-          + ", ".join(f"{name} {number}" for name, number in versions.items()))  # fmt: skip
+    print()
+    print_machine(described, VERSIONS)
     print_tables(task, found, rows, arguments)
     if arguments.quick:
         print("QUICK: a few steps of two architectures. These figures mean nothing.")
@@ -552,10 +531,9 @@ def main() -> None:
     if arguments.json:
         figures = figures_of(rows) if not arguments.quick else [one | {"goal": None, "holds": None}
                                                                 for one in figures_of(rows)]  # fmt: skip
-        arguments.json.write_text(json.dumps({
-            "machine": described, "versions": versions, "quick": arguments.quick, "seeds": arguments.seeds,
-            "figures": figures, "fronts": [asdict(front) for front in found], "baselines": known,
-        }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
+        fronts = [asdict(front) for front in found]
+        more = {"seeds": arguments.seeds, "fronts": fronts, "baselines": known}
+        write_result(arguments, described, VERSIONS, figures=figures, **more)
 
 
 def _arguments() -> argparse.Namespace:

@@ -26,15 +26,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from common import machine, parser
+from common import machine, parser, print_machine, write_result
 from fronts import difference_interval, holds, mean_interval, per_seed, print_table, shown, verdict
-from sides import SIDES, Recipe, Schedule, Side, train
+from sides import SIDES, Recipe, Schedule, Side, train, variants
 
 from sae_core import SAE, Calibration, calibrate
 
@@ -47,26 +46,8 @@ FIGURES = {"mcc": "MCC", "precision": "precision", "recall": "recall", "f1": "F1
 LESS_IS_BETTER = ("absorption",)
 AROUND = (0.5, 1.0, 2.0)  # times the true L0
 KS = (2, 3, 5, 7, 10)  # the true L0 is 4.6
-L1 = {"plain": [{"l1_coefficient": value} for value in (1, 2, 4, 6, 9)]}
-TOPK = {"plain": [{"k": k} for k in KS]}
-MATRYOSHKA = {"plain": [{"k": k, "widths": [16, 32, 64, 128]} for k in KS]}
-# Beside SAELens' defaults (0.05, 0.01): its gradient to thresholds reaches further.
-WIDE = {"jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
-VARIANTS: dict[str, dict[Side, dict[str, list[dict[str, Any]]]]] = {
-    "standard": {"ours": L1, "theirs": L1},
-    "gated": {"ours": L1, "theirs": L1},
-    "topk": {"ours": TOPK, "theirs": TOPK},
-    "batch_topk": {"ours": TOPK, "theirs": TOPK},
-    "matryoshka": {"ours": MATRYOSHKA, "theirs": MATRYOSHKA},
-    "jumprelu": {
-        "ours": {"target": [{"target_l0": k} for k in KS]},
-        "theirs": {
-            "step": [{"l0_coefficient": value} for value in (0.3, 0.6, 1, 2, 4)],
-            "step, wide": [{"l0_coefficient": value, **WIDE} for value in (0.3, 0.6, 1, 2, 4)],
-            "quadratic": [{"target_l0": k, "jumprelu_sparsity_loss_mode": "quadratic"} for k in KS],
-        },
-    },
-}
+VARIANTS = variants(l1=(1, 2, 4, 6, 9), k=KS, l0=(0.3, 0.6, 1, 2, 4), widths=(16, 32, 64, 128))
+VERSIONS = ("penstock", "sae-lens", "torch")
 QUICK = Schedule(steps=30, batch_tokens=512, lr_warm_up_steps=0, lr_decay_steps=5, dead_after_tokens=4_000)
 QUICK_EVALUATED = 4_000
 
@@ -262,15 +243,15 @@ def main() -> None:
         scores = ", ".join(f"{name}: {score:.3f}" for name, score in results[-1].tuning.items())
         print(f"{architecture}, {side}: MCC at the true L0 by variant and lr: {scores}", flush=True)
     rows = compare(results, task.true_l0)
-    versions = {name: version(name) for name in ("penstock", "sae-lens", "torch")}
+    print()
+    print_machine(described, VERSIONS)
     _print_tables(task, results, rows, arguments.seeds)
     if arguments.quick:
         print("QUICK: a few steps. These figures mean nothing.")
     if arguments.json:
-        arguments.json.write_text(json.dumps({
-            "machine": described, "versions": versions, "quick": arguments.quick, "seeds": arguments.seeds,
-            "figures": _figures(rows, arguments.quick), "points": [result.__dict__ for result in results],
-        }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
+        points = [result.__dict__ for result in results]
+        figures = _figures(rows, arguments.quick)
+        write_result(arguments, described, VERSIONS, seeds=arguments.seeds, figures=figures, points=points)
 
 
 def _arguments() -> argparse.Namespace:

@@ -16,7 +16,7 @@ Facts about sae_lens 6.54.12 that this file has to respect:
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,35 @@ from sae_core import SAE, Calibration, SAETrainer, TrainingSettings, parse_setti
 Side = Literal["ours", "theirs"]
 SIDES: tuple[Side, ...] = ("ours", "theirs")
 EXPORT_TOKENS = 8192  # the last of the run, which our export calibrates thresholds on, as the platform has it
+
+
+# Beside SAELens' defaults (0.05, 0.01): its gradient to thresholds reaches further.
+WIDE = {"jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
+
+
+def variants(
+    *, l1: Sequence[float], k: Sequence[int], l0: Sequence[float], widths: Sequence[int]
+) -> dict[str, dict[Side, dict[str, list[dict[str, Any]]]]]:
+    """Of each architecture, the ways to train it that a side may choose from, and the sparsities of each: `l1` and
+    `l0` are coefficients, `k` is L0 or its target, `widths` are a Matryoshka SAE's."""
+    alike = {
+        "standard": [{"l1_coefficient": value} for value in l1],
+        "gated": [{"l1_coefficient": value} for value in l1],
+        "topk": [{"k": value} for value in k],
+        "batch_topk": [{"k": value} for value in k],
+        "matryoshka": [{"k": value, "widths": list(widths)} for value in k],
+    }
+    jumprelu: dict[Side, dict[str, list[dict[str, Any]]]] = {
+        "ours": {"target": [{"target_l0": value} for value in k]},
+        "theirs": {
+            "step": [{"l0_coefficient": value} for value in l0],
+            "step, wide": [{"l0_coefficient": value, **WIDE} for value in l0],
+            "quadratic": [{"target_l0": value, "jumprelu_sparsity_loss_mode": "quadratic"} for value in k],
+        },
+    }
+    return {name: {side: {"plain": points} for side in SIDES} for name, points in alike.items()} | {
+        "jumprelu": jumprelu
+    }
 
 
 @dataclass(frozen=True)

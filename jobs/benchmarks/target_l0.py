@@ -10,18 +10,16 @@ with zero ablation. Trained SAEs are kept in `--cache`, which may be the one of 
 """
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
-from common import machine, parser
+from common import machine, parser, print_machine, write_result
 from frontier import D_SAE, QUICK, SPEC, VERSIONS, Run, Task, Workers, prepare
 from fronts import print_table
 from sides import Recipe
@@ -104,16 +102,13 @@ def main() -> None:
         spec["hook_points"] = arguments.hook_points = arguments.hook_points or spec["hook_points"]
         task = prepare(yaml.safe_dump(spec), Path(arguments.cache or scratch).absolute())
         points = measure(task, arguments)
-    versions = {name: version(name) for name in VERSIONS}
-    print(f"\n{described['cpu']}, {described['cores']} cores; Python {described['python']}, "
-          + ", ".join(f"{name} {number}" for name, number in versions.items()))  # fmt: skip
+    print()
+    print_machine(described, VERSIONS)
     print_points(points)
     if arguments.quick:
         print("QUICK: a few steps. These figures mean nothing.")
     if arguments.json:
-        result = {"machine": described, "versions": versions, "quick": arguments.quick,
-                  "figures": figures_of(points, arguments.quick)}  # fmt: skip
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(arguments, described, VERSIONS, figures=figures_of(points, arguments.quick))
 
 
 def _arguments() -> argparse.Namespace:

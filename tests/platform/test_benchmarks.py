@@ -14,14 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURE_KEYS = {"name", "value", "unit", "goal", "holds"}
 
 
-@pytest.mark.compat
-@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
-def test_the_sweep_benchmark_runs_both_sides(tmp_path):
+def quick_run(name, tmp_path, *options, **environment):
+    """What `--quick` of a benchmark has written, and its figures by name; what every benchmark promises is checked."""
     path = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, "jobs/benchmarks/sweep.py", "--quick", "--json", str(path)],
+        [sys.executable, f"jobs/benchmarks/{name}.py", "--quick", "--json", str(path), *options],
         cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -32,8 +31,15 @@ def test_the_sweep_benchmark_runs_both_sides(tmp_path):
     assert written["quick"] is True
     assert written["machine"]["cores"] >= 1
     assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
-    figures = {figure["name"]: figure for figure in written["figures"]}
-    assert all(figure.keys() == FIGURE_KEYS for figure in figures.values())
+    assert written["figures"] and all(figure.keys() == FIGURE_KEYS for figure in written["figures"])
+    assert all(figure["holds"] is None for figure in written["figures"])  # a quick run promises nothing
+    return written, {figure["name"]: figure for figure in written["figures"]}
+
+
+@pytest.mark.compat
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
+def test_the_sweep_benchmark_runs_both_sides(tmp_path):
+    _, figures = quick_run("sweep", tmp_path)
     for name in ("wall, ours", "wall, opponent", "wall, ratio", "train, ours", "train, opponent"):
         assert figures[name]["value"] > 0
     for architecture in ("standard", "gated", "topk"):
@@ -41,28 +47,12 @@ def test_the_sweep_benchmark_runs_both_sides(tmp_path):
             assert figures[f"{architecture}, L0, {side}"]["value"] > 0
     assert figures["topk, L0, ours"]["value"] <= 16  # both sides train what the spec says
     assert figures["topk, L0, opponent"]["value"] <= 16
-    assert all(figure["holds"] is None for figure in figures.values())  # a quick run promises nothing
 
 
 @pytest.mark.compat
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
 def test_the_step_benchmark_compares_every_architecture(tmp_path):
-    path = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmarks/step.py", "--quick", "--json", str(path)],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "These figures mean nothing" in done.stdout
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert written["quick"] is True
-    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
-    figures = {figure["name"]: figure for figure in written["figures"]}
-    assert all(figure.keys() == FIGURE_KEYS for figure in figures.values())
+    _, figures = quick_run("step", tmp_path)
     sparse = ("topk", "batch_topk", "matryoshka", "standard", "jumprelu", "gated")
     dense = ("standard-dense", "jumprelu-dense", "gated-dense")
     timed = (*sparse, *dense, "topk-dead")
@@ -74,28 +64,12 @@ def test_the_step_benchmark_compares_every_architecture(tmp_path):
     for name in ("topk", "batch_topk", "matryoshka"):
         assert figures[f"{name}, L0, ours"]["value"] == figures[f"{name}, L0, opponent"]["value"] == 8
     assert figures["topk-dead, dead latents, ours"]["value"] == figures["topk-dead, dead latents, opponent"]["value"]
-    assert all(figure["holds"] is None for figure in figures.values())  # a quick run promises nothing
 
 
 @pytest.mark.compat
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
 def test_the_target_l0_benchmark_trains_both_sides(tmp_path):
-    path = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmarks/target_l0.py", "--quick", "--json", str(path)],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "These figures mean nothing" in done.stdout
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert written["quick"] is True
-    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
-    figures = {figure["name"]: figure for figure in written["figures"]}
-    assert all(figure.keys() == FIGURE_KEYS and figure["holds"] is None for figure in figures.values())
+    _, figures = quick_run("target_l0", tmp_path, OMP_NUM_THREADS="1")
     for side in ("ours", "opponent"):
         l0 = figures[f"blocks.1.hook_resid_post, target L0 8, l0, {side}"]["value"]
         error = figures[f"blocks.1.hook_resid_post, target L0 8, error of L0, {side}"]["value"]
@@ -128,23 +102,9 @@ def test_a_ratio_says_how_many_times_better_ours_is():
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
 @pytest.mark.parametrize("name", ["frontier", "ground_truth"])
 def test_a_benchmark_of_quality_trains_and_evaluates_both_sides(name, tmp_path):
-    path, picture = tmp_path / "figures.json", tmp_path / "fronts.png"
+    picture = tmp_path / "fronts.png"
     options = ["--plot", str(picture), "--cache", str(tmp_path / "cache")] if name == "frontier" else []
-    done = subprocess.run(
-        [sys.executable, f"jobs/benchmarks/{name}.py", "--quick", "--json", str(path), *options],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "These figures mean nothing" in done.stdout
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert written["quick"] is True
-    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
-    assert written["figures"] and all(figure.keys() == FIGURE_KEYS for figure in written["figures"])
-    assert all(figure["holds"] is None for figure in written["figures"])  # a quick run promises nothing
+    written, _ = quick_run(name, tmp_path, *options, OMP_NUM_THREADS="1")
     sides = written["fronts" if name == "frontier" else "points"]
     for side in ("ours", "theirs"):
         points = [point for one in sides if one["side"] == side and one["architecture"] == "topk"
