@@ -46,7 +46,7 @@ class ResolvedSweep:
         data, model = self.spec.data, self.spec.model
         return {
             "version": 1,
-            "dataset": data.dataset,
+            "dataset": data.label,
             "split": "report",
             "tokens": self.store.id,
             "report_tokens": data.report_tokens,
@@ -79,7 +79,7 @@ class ResolvedSweep:
             "model_fingerprint": self.model.fingerprint,
             "context_size": data.context_size,
             "prepend_bos": data.bos,
-            "dataset_path": data.dataset,
+            "dataset_path": data.label,
             "exclude": data.exclude.model_dump(),
             "data": stream_identity(data, self.store.train_id),
             "code": code_hash(),

@@ -94,14 +94,31 @@ class ExcludeSpec(_Section):
     norm_over_median: float | None = Field(None, gt=1)
 
 
+class SourceSpec(_Section):
+    """A dataset of a mixture; `weight` is its share of every split's rows, relative to the others'."""
+
+    dataset: str
+    weight: float = Field(1.0, gt=0)
+    subset: str | None = None
+    hub_split: str = "train"
+    text_column: str = "text"
+    tokens_column: str | None = None
+
+
 class DataSpec(_Section):
-    """The corpus: `demo`, a hub name, or a local file or folder (parquet, jsonl, text, arrow)."""
+    """The corpus: `demo`, a hub name, or a local file or folder (parquet, jsonl, text, arrow); or a `mixture` of them."""
 
     dataset: str = "demo"
     subset: str | None = None
     hub_split: str = "train"
     text_column: str = "text"
     tokens_column: str | None = Field(None, description="a column of token ids, in place of text_column")
+    mixture: list[SourceSpec] | None = Field(None, min_length=1, description="datasets, in place of the five above")
+    activations: str | None = Field(None, description="a folder of activations to train on, that somebody else made")
+    epochs: int = Field(1, gt=0, description="how often the train rows may be used where the corpus has too few")
+    spool: str | None = Field(None, description="where blocks are kept on disk: a folder or URI, or `off`; in the "
+                                                "storage, when there is more than one wave, unless given")  # fmt: skip
+    spool_gb: float = Field(50.0, gt=0, description="what the spool may hold; sweeps that it served last go first")
     context_size: int = Field(128, gt=1)
     bos: bool = Field(True, description="begin every row with the BOS token")
     search_tokens: Count = 50_000
@@ -109,6 +126,26 @@ class DataSpec(_Section):
     exclude: ExcludeSpec = ExcludeSpec()
     seed: int = Field(0, ge=0)
     block_tokens: Count = 65_536
+
+    @field_validator("spool")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        if value in ("", "on", "yes", "true"):
+            raise ValueError("accepted are `off` and a folder or URI; left out, it is in the storage where it is needed")
+        return value
+
+    @property
+    def sources(self) -> tuple[SourceSpec, ...]:
+        """The datasets of the corpus: those of the mixture, or the one."""
+        if self.mixture is not None:
+            return tuple(self.mixture)
+        names = SourceSpec.model_fields.keys() - {"weight"}
+        return (SourceSpec(**{name: getattr(self, name) for name in names}),)
+
+    @property
+    def label(self) -> str:
+        """What tables and records call the corpus."""
+        return " + ".join(f"{source.weight:g} {source.dataset}" for source in self.mixture or ()) or self.dataset
 
     @property
     def block_rows(self) -> int:
@@ -119,6 +156,10 @@ class DataSpec(_Section):
     def _consistent(self) -> "DataSpec":
         if self.block_tokens < self.context_size:
             raise ValueError(f"block_tokens {self.block_tokens} is less than a row of context_size {self.context_size}")
+        alone = {"dataset", "subset", "hub_split", "text_column", "tokens_column"} & self.model_fields_set
+        if self.mixture is not None and alone:
+            raise ValueError(f"mixture and {sorted(alone)[0]} are both given; accepted: one of them, and in each entry "
+                             "of a mixture its own dataset, subset, hub_split, text_column, tokens_column")  # fmt: skip
         if self.exclude.first_positions >= self.context_size:
             raise ValueError(f"exclude.first_positions {self.exclude.first_positions} leaves nothing of a row of "
                              f"context_size {self.context_size}")  # fmt: skip
@@ -225,6 +266,7 @@ class ResourceSpec(_Section):
     saes_at_once: int = Field(1, gt=0, description="SAEs of a pack that step at the same time, each with pack_threads")
     packs_per_hook_point: int = Field(1, gt=0, description="at least so many; more where memory needs it")
     pack_memory_gb: float | None = Field(None, gt=0, description="memory of a pack's worker; 8 unless given")
+    lease_seconds: float = Field(60.0, gt=0, description="without a step, until the others no longer wait for a pack")
     gpu_hour_cost: float | None = Field(None, ge=0, description="currency units a GPU hour, for the plan's estimate")
 
 

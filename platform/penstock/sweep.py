@@ -321,7 +321,7 @@ class Driver:
         saes = self.sweep.saes
         tracked = [TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline) for sae in saes]
         params = {
-            "model": self.spec.model.name, "dataset": self.spec.data.dataset, "train_tokens": self.spec.train.tokens,
+            "model": self.spec.model.name, "dataset": self.spec.data.label, "train_tokens": self.spec.train.tokens,
             "batch_tokens": self.spec.train.batch_tokens, "saes": len(saes), "code": code_hash(),
             "protocol": self.sweep.protocol_id,
         }  # fmt: skip
