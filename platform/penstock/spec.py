@@ -106,7 +106,7 @@ class SourceSpec(_Section):
 
 
 class DataSpec(_Section):
-    """The corpus: `demo`, a hub name, or a local file or folder (parquet, jsonl, text, arrow); or a `mixture` of them."""
+    """The corpus: `demo`, a hub name, a local file or folder (parquet, jsonl, text, arrow), or a `mixture` of these."""
 
     dataset: str = "demo"
     subset: str | None = None
@@ -131,7 +131,7 @@ class DataSpec(_Section):
     @classmethod
     def _folder(cls, value: str | None) -> str | None:
         if value in ("", "on", "yes", "true"):
-            raise ValueError("accepted are `off` and a folder or URI; left out, it is in the storage where it is needed")
+            raise ValueError("accepted are `off` and a folder or URI; unless given it is in the storage, where needed")
         return value
 
     @property
