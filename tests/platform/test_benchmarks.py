@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURE_KEYS = {"name", "value", "unit", "goal", "holds"}
 
 
-def quick_run(name, tmp_path, *options, **environment):
+def quick_run(name, tmp_path, *options, versions=("penstock", "sae-lens", "torch"), **environment):
     """What `--quick` of a benchmark has written, and its figures by name; what every benchmark promises is checked."""
     path = tmp_path / "figures.json"
     done = subprocess.run(
@@ -30,7 +31,7 @@ def quick_run(name, tmp_path, *options, **environment):
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["quick"] is True
     assert written["machine"]["cores"] >= 1
-    assert {"penstock", "sae-lens", "torch"} <= written["versions"].keys()
+    assert set(versions) <= written["versions"].keys()
     assert written["figures"] and all(figure.keys() == FIGURE_KEYS for figure in written["figures"])
     assert all(figure["holds"] is None for figure in written["figures"])  # a quick run promises nothing
     return written, {figure["name"]: figure for figure in written["figures"]}
@@ -114,6 +115,20 @@ def test_a_benchmark_of_quality_trains_and_evaluates_both_sides(name, tmp_path):
     if name == "frontier":
         assert picture.read_bytes()[:4] == b"\x89PNG"
         assert len(list((tmp_path / "cache/saes").glob("*/cfg.json"))) == 9  # 4 a side and a baseline
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="comes with sae_lens")
+def test_the_mixing_benchmark_compares_block_sizes_with_a_full_shuffle(tmp_path):
+    written, figures = quick_run("mixing", tmp_path, versions=("penstock", "torch"), OMP_NUM_THREADS="1")
+    error = {(one["sae"], one["block_tokens"], one["seed"]): one["figures"]["mse"] for one in written["points"]}
+    assert error.keys() == set(product(("topk", "standard"), (640, 4096, None), (0, 1)))
+    for sae in ("topk", "standard"):
+        ratios = [error[sae, 640, seed] / error[sae, None, seed] for seed in (0, 1)]  # of one seed, so paired
+        assert figures[f"{sae}, block 640, mse_ratio"]["value"] == pytest.approx(sum(ratios) / 2)
+    # A batch of five rows is far from independent tokens, one of the full shuffle is not.
+    assert figures["block 640, design effect"]["value"] > 4
+    assert figures["block all, design effect"]["value"] == pytest.approx(1, abs=0.3)
+    assert figures["block 4,096, memory at d_in 128"]["value"] == pytest.approx(4096 * 128 * 4 / 1e6)
 
 
 def test_a_verdict_needs_a_difference_beyond_the_noise(monkeypatch):
