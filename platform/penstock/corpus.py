@@ -1,4 +1,4 @@
-"""Where documents come from: the demo corpus, local files, or a dataset of the Hugging Face hub.
+"""Where documents come from: the demo corpus, local files, or a dataset of the Hugging Face hub; one corpus a source.
 
 A corpus yields documents (a text, or an array of token ids) in its own order. `sampled_pieces` turns it into the order
 in which they are used. Documents are cut into pieces of a few rows, so that a run that needs little of a corpus sees a
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from penstock.errors import DataError
-from penstock.spec import DataSpec
+from penstock.spec import DataSpec, SourceSpec
 from penstock.splits import Split, document_hash, split_of
 
 Content = str | np.ndarray
@@ -39,11 +39,28 @@ _SHUFFLE_BUFFER_DOCUMENTS = 10_000
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """`identity` names the content, all of which may have to be read for it; `read()` begins again at the first
-    document; `stream` is true where the order of `read()` is already random and the end may be far away. `probe()`
-    reads one document, for a check, where `read()` would first read thousands."""
+class Source:
+    """A dataset of the spec, and the section of the file that its messages name."""
 
+    spec: SourceSpec
+    section: str
+
+    def field(self, name: str = "dataset") -> str:
+        """`data.dataset 'x'`, as messages begin."""
+        return f"{self.section}.{name} {getattr(self.spec, name)!r}"
+
+    @property
+    def column(self) -> str:
+        return self.spec.tokens_column or self.spec.text_column
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one source. `identity` names the content, all of which may have to be read for it; `read()`
+    begins again at the first document; `stream` is true where the order of `read()` is already random and the end may
+    be far away. `probe()` reads one document, for a check, where `read()` would first read thousands."""
+
+    source: Source
     identify: Callable[[], str]
     read: Callable[[], Iterator[Content]]
     probe: Callable[[], object] = lambda: None
@@ -53,24 +70,34 @@ class Corpus:
     def identity(self) -> str:
         return self.identify()
 
+    @property
+    def holds_ids(self) -> bool:
+        return self.source.spec.tokens_column is not None
+
 
 class Piece(NamedTuple):
     split: Split
-    document: int  # position of the document in the corpus
+    document: int  # position of the document in its corpus
     content: Content
 
 
-def open_corpus(data: DataSpec) -> Corpus:
-    """The corpus that `data.dataset` names. Raises `DataError` when it is not there or cannot be read as asked."""
-    local = Path(data.dataset).expanduser()
-    if data.dataset == "demo":
-        return _open_demo(data)
+def open_corpora(data: DataSpec) -> list[Corpus]:
+    """A corpus for each of `data.sources`. Raises `DataError` for one that is not there or cannot be read as asked."""
+    sections = ["data"] if data.mixture is None else [f"data.mixture[{index}]" for index in range(len(data.mixture))]
+    return [_open(Source(*named), data.seed) for named in zip(data.sources, sections, strict=True)]
+
+
+def _open(source: Source, seed: int) -> Corpus:
+    name = source.spec.dataset
+    local = Path(name).expanduser()
+    if name == "demo":
+        return _open_demo(source)
     if local.exists():
-        return _open_local(data, local)
-    if data.dataset.startswith((".", "/", "~")) or _kind_of(local):
-        raise DataError(f"data.dataset {data.dataset!r}: there is no such file or folder; accepted: `demo`, a file or "
-                        f"folder ({_ACCEPTED}), or the name of a hub dataset")  # fmt: skip
-    return _open_hub(data)
+        return _open_local(source, local)
+    if name.startswith((".", "/", "~")) or _kind_of(local):
+        raise DataError(f"{source.field()}: there is no such file or folder; accepted: `demo`, a file or folder "
+                        f"({_ACCEPTED}), or the name of a hub dataset")  # fmt: skip
+    return _open_hub(source, seed)
 
 
 # ---- the order in which a corpus is used ----------------------------------------------------------------------------
@@ -83,7 +110,7 @@ def sampled_pieces(corpus: Corpus, data: DataSpec, wanted: Set[Split], budgets: 
     of it; a stream comes as it is. `budgets` (characters, or ids) bounds what is held at once of each split: what lies
     beyond is read again if it turns out to be needed.
     """
-    size = _PIECE_ROWS * data.context_size * (1 if data.tokens_column else _CHARACTERS_A_TOKEN)
+    size = _PIECE_ROWS * data.context_size * (1 if corpus.holds_ids else _CHARACTERS_A_TOKEN)
     if corpus.stream:
         for document, content in enumerate(corpus.read()):
             split = split_of_document(content)
@@ -163,11 +190,11 @@ def _cut(content: Content, size: int) -> Iterator[Content]:
 # ---- demo and local files -------------------------------------------------------------------------------------------
 
 
-def _open_demo(data: DataSpec) -> Corpus:
+def _open_demo(source: Source) -> Corpus:
     from penstock import demo
 
-    if data.tokens_column:
-        raise DataError(f"data.tokens_column {data.tokens_column!r}: the demo corpus has no columns; leave it out")
+    if source.spec.tokens_column:
+        raise DataError(f"{source.field('tokens_column')}: the demo corpus has no columns; leave it out")
     texts: list[str] = []  # kept once the whole has been read
 
     def identify() -> str:
@@ -177,47 +204,46 @@ def _open_demo(data: DataSpec) -> Corpus:
             digest.update(document_hash(text))
         return f"demo:{digest.hexdigest()}"
 
-    return Corpus(identify, lambda: iter(texts) if texts else demo.documents())
+    return Corpus(source, identify, lambda: iter(texts) if texts else demo.documents())
 
 
-def _open_local(data: DataSpec, root: Path) -> Corpus:
-    files, kind = _files(data, root)
-    if kind == "text" and data.tokens_column:
-        raise DataError(f"data.tokens_column {data.tokens_column!r}: text files have no columns; accepted with a "
-                        "column of token ids: parquet, arrow, jsonl")  # fmt: skip
-    column = data.tokens_column or data.text_column
+def _open_local(source: Source, root: Path) -> Corpus:
+    files, kind = _files(source, root)
+    if kind == "text" and source.spec.tokens_column:
+        raise DataError(f"{source.field('tokens_column')}: text files have no columns; accepted with a column of token "
+                        "ids: parquet, arrow, jsonl")  # fmt: skip
 
     def identify() -> str:
-        digest = blake2b(f"{kind}/{column}/{bool(data.tokens_column)}".encode(), digest_size=16)
+        digest = blake2b(f"{kind}/{source.column}/{bool(source.spec.tokens_column)}".encode(), digest_size=16)
         try:
             for file in files:
                 digest.update(_file_digest(file))
         except OSError as error:
-            raise DataError(f"data.dataset {data.dataset!r} cannot be read: {error}") from None
+            raise DataError(f"{source.field()} cannot be read: {error}") from None
         return f"local:{digest.hexdigest()}"
 
     def read() -> Iterator[Content]:
         empty = True
         for file in files:
-            for value in _read_file(file, kind, column, whole_files=len(files) > 1):
-                content = _checked(value, data, str(file))
+            for value in _read_file(file, kind, source, whole_files=len(files) > 1):
+                content = _checked(value, source, str(file))
                 if len(content):
                     empty = False
                     yield content
         if empty:
-            raise DataError(f"data.dataset {data.dataset!r} holds no document"
-                            + ("" if kind == "text" else f" in the column {column!r}"))  # fmt: skip
+            raise DataError(f"{source.field()} holds no document"
+                            + ("" if kind == "text" else f" in the column {source.column!r}"))  # fmt: skip
 
-    return Corpus(identify, read)
+    return Corpus(source, identify, read)
 
 
-def _files(data: DataSpec, root: Path) -> tuple[list[Path], str]:
+def _files(source: Source, root: Path) -> tuple[list[Path], str]:
     candidates = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     for kind in _KINDS:
         files = [path for path in candidates if _kind_of(path) == kind]
         if files:
             return files, kind
-    raise DataError(f"data.dataset {data.dataset!r}: no file of an accepted kind; accepted: {_ACCEPTED}")
+    raise DataError(f"{source.field()}: no file of an accepted kind; accepted: {_ACCEPTED}")
 
 
 def _kind_of(path: Path) -> str | None:
@@ -235,34 +261,36 @@ def _file_digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def _read_file(path: Path, kind: str, column: str, *, whole_files: bool) -> Iterator[Any]:
+def _read_file(path: Path, kind: str, source: Source, *, whole_files: bool) -> Iterator[Any]:
     """The values of a column; of text files, the documents. Every failure to read is a `DataError` naming the file."""
+    column = source.column
     try:
         if kind == "parquet":
             file = pq.ParquetFile(path)
-            _require_column(column, file.schema_arrow.names, path)
+            _require_column(source, file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 yield from _values(batch.column(0))
         elif kind == "arrow":
             for batch in _arrow_batches(path):
-                _require_column(column, batch.schema.names, path)
+                _require_column(source, batch.schema.names, path)
                 yield from _values(batch.column(column))
         elif kind == "json":
             for row in _json_rows(path):
-                _require_column(column, list(row) if isinstance(row, dict) else [], path)
+                _require_column(source, list(row) if isinstance(row, dict) else [], path)
                 yield row[column]
         else:
             text = _text_stream(path).read()
             yield from [text] if whole_files else text.replace("\r\n", "\n").split("\n\n")
     except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"data.dataset: {path} cannot be read as {kind}: {_short(error)}") from None
+        raise DataError(f"{source.section}.dataset: {path} cannot be read as {kind}: {_short(error)}") from None
 
 
-def _require_column(column: str, names: list[str], source: Path | str) -> None:
-    if column not in names:
-        raise DataError(f"data.dataset: {source} has no column {column!r}; its columns: "
-                        f"{', '.join(map(repr, names)) or 'none'} (data.text_column, or data.tokens_column for token "
-                        "ids)")  # fmt: skip
+def _require_column(source: Source, names: list[str], place: Path | str) -> None:
+    if source.column not in names:
+        section = source.section
+        raise DataError(f"{section}.dataset: {place} has no column {source.column!r}; its columns: "
+                        f"{', '.join(map(repr, names)) or 'none'} ({section}.text_column, or {section}.tokens_column "
+                        "for token ids)")  # fmt: skip
 
 
 def _values(array: pa.Array) -> Iterator[Any]:
@@ -308,16 +336,16 @@ def _json_rows(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def _checked(value: Any, data: DataSpec, source: str) -> Content:
+def _checked(value: Any, source: Source, place: str) -> Content:
     """A document as a text, or as int32 ids; an empty one for a missing value."""
-    if data.tokens_column is None:
+    if source.spec.tokens_column is None:
         if value is None:
             return ""
         if not isinstance(value, str):
-            raise DataError(f"data.text_column {data.text_column!r} of {source} holds {type(value).__name__}, not text "
-                            "(a column of token ids is named by data.tokens_column)")  # fmt: skip
+            raise DataError(f"{source.field('text_column')} of {place} holds {type(value).__name__}, not text (a "
+                            f"column of token ids is named by {source.section}.tokens_column)")  # fmt: skip
         return value if value.strip() else ""
-    field = f"data.tokens_column {data.tokens_column!r} of {source} holds"
+    field = f"{source.field('tokens_column')} of {place} holds"
     if not isinstance(value, list | np.ndarray | None):
         raise DataError(f"{field} {type(value).__name__}; accepted: a list of token ids a document")
     ids = np.asarray([] if value is None else value)
@@ -332,46 +360,44 @@ def _checked(value: Any, data: DataSpec, source: str) -> Content:
 # ---- the hub --------------------------------------------------------------------------------------------------------
 
 
-def _open_hub(data: DataSpec) -> Corpus:
-    revision = _hub_revision(data)
-    column = data.tokens_column or data.text_column
+def _open_hub(source: Source, seed: int) -> Corpus:
+    revision = _hub_revision(source)
+    name, subset, hub_split = source.spec.dataset, source.spec.subset, source.spec.hub_split
 
     def read(*, shuffled: bool = True) -> Iterator[Content]:
         import datasets
 
-        where = f"hub dataset {data.dataset!r}"
+        where = f"hub dataset {name!r}"
         try:
-            stream = datasets.load_dataset(
-                data.dataset, data.subset, split=data.hub_split, streaming=True, revision=revision
-            )
+            stream = datasets.load_dataset(name, subset, split=hub_split, streaming=True, revision=revision)
             if shuffled:
-                stream = stream.shuffle(seed=data.seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS)
+                stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER_DOCUMENTS)
             for row in stream:
-                _require_column(column, list(row), where)
-                content = _checked(row[column], data, where)
+                _require_column(source, list(row), where)
+                content = _checked(row[source.column], source, where)
                 if len(content):
                     yield content
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data.dataset {data.dataset!r} (subset {data.subset!r}, hub_split {data.hub_split!r}) "
-                            f"cannot be read from the hub: {_short(error)}") from None  # fmt: skip
+            raise DataError(f"{source.field()} (subset {subset!r}, hub_split {hub_split!r}) cannot be read from the "
+                            f"hub: {_short(error)}") from None  # fmt: skip
 
-    identity = f"hub:{data.dataset}/{data.subset}/{data.hub_split}@{revision}/{column}"
-    return Corpus(lambda: identity, read, lambda: next(read(shuffled=False), None), stream=True)
+    identity = f"hub:{name}/{subset}/{hub_split}@{revision}/{source.column}"
+    return Corpus(source, lambda: identity, read, lambda: next(read(shuffled=False), None), stream=True)
 
 
-def _hub_revision(data: DataSpec) -> str:
+def _hub_revision(source: Source) -> str:
     """The commit that the dataset's name stands for now: the content's address, and what is then read."""
     import huggingface_hub
 
     try:
-        return huggingface_hub.HfApi().dataset_info(data.dataset, timeout=20).sha
+        return huggingface_hub.HfApi().dataset_info(source.spec.dataset, timeout=20).sha
     except (OSError, ValueError) as error:
         reason = _short(error)
     except Exception as error:  # the HTTP client's own errors share no base with OSError
         if not type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests")):
             raise
         reason = _short(error)
-    raise DataError(f"data.dataset {data.dataset!r} is no local file or folder, and the hub does not give it: {reason}")
+    raise DataError(f"{source.field()} is no local file or folder, and the hub does not give it: {reason}")
 
 
 def _short(error: Exception) -> str:

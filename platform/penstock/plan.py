@@ -22,6 +22,7 @@ from penstock.models import (
 from penstock.pack import PackMember
 from penstock.sites import Site, parse_array
 from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place
+from penstock.spool import SpooledStream
 from penstock.tokens import check_data
 from sae_core import SAESettings, TrainingSettings, parse_settings
 from sae_core.architectures import ARCHITECTURES
@@ -170,9 +171,11 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
     absolute. Raises a `UserError` that begins with the file and the line."""
     spec = load_spec(spec_path)
     model, data = spec.model, spec.data
-    if model.name != "demo":
-        model = model.model_copy(update={"name": _absolute(model.name)})
-    if data.dataset != "demo":
+    model = model.model_copy(update={"name": _absolute(model.name)})
+    if data.mixture is not None:
+        entries = [source.model_copy(update={"dataset": _absolute(source.dataset)}) for source in data.mixture]
+        data = data.model_copy(update={"mixture": entries})
+    else:
         data = data.model_copy(update={"dataset": _absolute(data.dataset)})
     spec = spec.model_copy(update={"model": model, "data": data})
     try:
@@ -188,7 +191,9 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
 
 
 def _absolute(name: str) -> str:
-    """A path that is there as other working directories read it; any other name as it is."""
+    """A path that is there as other working directories read it; any other name, `demo` too, as it is."""
+    if name == "demo":
+        return name
     return os.path.abspath(os.path.expanduser(name)) if os.path.exists(os.path.expanduser(name)) else name
 
 
@@ -387,13 +392,18 @@ def describe(
     slots: int,
     schedule: Schedule,
     n_done: int,
+    spool: SpooledStream | None = None,
 ) -> str:
     """The plan as text."""
     trained = [sae for pack in packs for sae in pack.saes]
     rounds = waves(packs, slots)
-    rows = schedule.n_blocks * spec.data.block_rows
-    passes = len(rounds) * rows
-    harvest_flops = len(rounds) * 2.0 * model.n_parameters * rows * spec.data.context_size
+    blocks = len(rounds) * schedule.n_blocks
+    if spool is not None:
+        arrays = {name for pack in packs for name in pack.hook_points}
+        there = set(range(schedule.n_blocks)).intersection(*(spool.blocks(name) for name in arrays))
+        blocks = schedule.n_blocks - len(there) if arrays else 0
+    passes = blocks * spec.data.block_rows
+    harvest_flops = 2.0 * model.n_parameters * passes * spec.data.context_size
     sae_flops = sum(6.0 * sae.n_products * spec.train.tokens for sae in trained)
     unit = "GPU" if spec.resources.gpus_per_pack else "CPU core"
     threads = spec.resources.pack_threads * spec.resources.saes_at_once
@@ -419,6 +429,9 @@ def describe(
     block = memory_of_block(spec, model, packs)
     lines += [
         f"stream     {block / 1e6:.0f} MB a block at all hook points together",
+        *([f"spool      {spool.spool.storage.uri}: {len(there)} of {schedule.n_blocks} blocks are there; the others take "
+           f"{blocks * block / 1e9:.2f} GB"] if spool is not None else
+          [f"spool      off: {len(rounds)} waves make every block {len(rounds)} times"] if len(rounds) > 1 else []),
         f"forward    {passes:,} rows ({passes * spec.data.context_size:,} tokens) through the model for training; "
         f"report split {spec.data.report_tokens:,} tokens: one clean and one ablated pass a hook point, one an SAE",
         f"compute    {harvest_flops / 1e12:.2f} TFLOP harvesting, {sae_flops / 1e12:.2f} TFLOP training; about "

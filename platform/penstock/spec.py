@@ -160,6 +160,11 @@ class DataSpec(_Section):
         if self.mixture is not None and alone:
             raise ValueError(f"mixture and {sorted(alone)[0]} are both given; accepted: one of them, and in each entry "
                              "of a mixture its own dataset, subset, hub_split, text_column, tokens_column")  # fmt: skip
+        named = [source.model_dump(exclude={"weight"}) for source in self.sources]
+        for index, name in enumerate(named):
+            if name in named[:index]:
+                raise ValueError(f"mixture[{index}] is mixture[{named.index(name)}] once more, dataset "
+                                 f"{name['dataset']!r}; accepted: each once, with the weight of both")  # fmt: skip
         if self.exclude.first_positions >= self.context_size:
             raise ValueError(f"exclude.first_positions {self.exclude.first_positions} leaves nothing of a row of "
                              f"context_size {self.context_size}")  # fmt: skip
@@ -576,8 +581,19 @@ _MESSAGES = {  # for what pydantic says in the language of Python
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     section: type[BaseModel] = SweepSpec
     for part in location:
-        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if isinstance(part, int):  # an item of a list of sections
+            continue
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        inside = [kind for kind in _types(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inside:
             return []
-        section = annotation
+        section = inside[0]
     return list(section.model_fields)
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """An annotation, or those that it is made of."""
+    if not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)

@@ -4,10 +4,17 @@ Layout, below `tokens/` of the storage:
 
     <id>/store.json              the three parts, and what decides which tokens are kept
     parts/<part>/part.json       a split's rows: how many, in which files
-    parts/<part>/rows-00000.arrow   columns tokens (fixed_size_list<int32>[context_size]), document, kept (int32)
+    parts/<part>/rows-00000.arrow   columns tokens (fixed_size_list<int32>[context_size]), document, kept (int32); of a
+                                    mixture source too
 
 A part is addressed by what it was made from (corpus, tokenizer, context, seed, how much of it), so asking for more
 report tokens leaves the train part as it is. Its manifest is written last: without one it is made again.
+
+Of a mixture, n rows of a split are shared out among the sources by weight, to the nearest row (largest remainder). Each
+source is cut into rows on its own, and the train rows of all are permuted together. A mixture is known by its sources'
+content and their shares: neither their order in the spec nor the scale of the weights matters, and a mixture of one is
+that dataset. A source with fewer train rows than its share gives them once more in another order, and again, up to
+`data.epochs` times; as the rows do not depend on that limit, no address does.
 """
 
 import json
@@ -16,8 +23,8 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from penstock.corpus import Corpus, Piece, open_corpus, sampled_pieces, split_of_document
+from penstock.corpus import Corpus, Piece, open_corpora, sampled_pieces, split_of_document
 from penstock.errors import DataError, ModelError
 from penstock.models import describe_model, location, may_download
 from penstock.spec import DataSpec, ModelSpec, TrainSpec
@@ -40,6 +47,8 @@ _WAVE_SIZE = 1 << 26  # and of one split in one round of tasks
 _PART = "part.json"
 _HELD_CHARACTERS_A_TOKEN = 6
 _COUNTED_SIZE = 1 << 26  # characters or ids of a corpus that is small enough to be counted in advance
+_COUNTED_ROWS = 1 << 22  # rows of a run whose epochs are counted, and not estimated, where there are too few
+_SHARES = 10**9  # weights as whole numbers of about this sum, so that shares are exact
 
 ParallelMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -114,20 +123,28 @@ def load_tokenizer(model: ModelSpec) -> Tokenizer:
 
 def check_data(data: DataSpec, model: ModelSpec, train: TrainSpec, vocab_size: int) -> None:
     """Refuse, before anything is started, what `build_token_store` would refuse: a dataset or tokenizer that is not
-    there, a column that is not, and too few tokens where the corpus is small enough to tell.
+    there, a column that is not, and too few tokens where a source is small enough to tell.
 
-    It reads as far into the corpus as it takes to see more than enough; a small corpus that may not be enough is
-    tokenised in full. Raises `DataError` and `ModelError`.
+    It reads as far into each source as it takes to see more than enough; a small one that may not be enough is
+    tokenised in full. Beside sources that are not, it is held against the fewest rows that the run can need of it.
+    Raises `DataError` and `ModelError`.
     """
-    corpus = open_corpus(data)
+    corpora = open_corpora(data)
     tokenizer = load_tokenizer(model)
     _check_special_tokens(data, model, tokenizer)
-    if corpus.stream:
-        corpus.probe()
-        return
-    builder = _Builder(data, train, tokenizer, set(SPLITS), vocab_size if data.tokens_column else None, _silent)
-    if not builder.sees_plenty(corpus):
-        deque(builder.build(corpus, map_in_process), maxlen=0)
+    for corpus in corpora:
+        if corpus.stream:
+            corpus.probe()
+    mixture = _Mixture(data, corpora)
+    builder = _Builder(data, train, tokenizer, mixture, set(SPLITS), vocab_size, _silent)
+    small = [
+        index for index, corpus in enumerate(mixture.corpora) if not corpus.stream and not builder.sees_plenty(index)
+    ]
+    if len(small) == len(corpora):
+        deque(builder.build(map_in_process), maxlen=0)
+    else:
+        for index in small:
+            builder.count(index)
 
 
 def _silent(message: str) -> None:
@@ -149,17 +166,17 @@ def build_token_store(
     `train.steps` batches, and `data.search_tokens` and `data.report_tokens` kept tokens of the other splits.
     Raises `DataError` (no such dataset or column, too few tokens) and `ModelError` (no tokenizer).
     """
-    progress(f"reading {data.dataset}")
-    corpus = open_corpus(data)
+    progress(f"reading {data.label}")
+    mixture = _Mixture(data, open_corpora(data))
     tokenizer = load_tokenizer(model)
     _check_special_tokens(data, model, tokenizer)
-    parts = {split: _part_id(split, corpus, tokenizer, data, train) for split in SPLITS}
+    parts = {split: _part_id(split, mixture.identity, tokenizer, data, train) for split in SPLITS}
     missing = {split for split, part in parts.items() if not _is_whole(storage, part)}
     if missing:
-        vocab_size = describe_model(model).vocab_size if data.tokens_column else None
-        builder = _Builder(data, train, tokenizer, missing, vocab_size, progress)
-        for split, rows in builder.build(corpus, parallel_map):
-            _write_part(storage, parts[split], rows)
+        vocab_size = describe_model(model).vocab_size if any(corpus.holds_ids for corpus in mixture.corpora) else None
+        builder = _Builder(data, train, tokenizer, mixture, missing, vocab_size, progress)
+        for split, rows, used in builder.build(parallel_map):
+            _write_part(storage, parts[split], rows, used)
     description = {
         "parts": parts,
         "context_size": data.context_size,
@@ -172,7 +189,11 @@ def build_token_store(
     store_id = _address(description)
     if not storage.is_committed(f"tokens/{store_id}"):
         storage.commit_folder(f"tokens/{store_id}", {"store.json": json.dumps(description, indent=1).encode()})
-    return TokenStore.open(storage, store_id)
+    store = TokenStore.open(storage, store_id)
+    for corpus, used in zip(mixture.corpora, store.sources("train"), strict=False):
+        if used.epochs > data.epochs:  # made for a run that allows more
+            raise _too_few("train", corpus, used, data, train)
+    return store
 
 
 def _check_special_tokens(data: DataSpec, model: ModelSpec, tokenizer: Tokenizer) -> None:
@@ -180,18 +201,19 @@ def _check_special_tokens(data: DataSpec, model: ModelSpec, tokenizer: Tokenizer
         raise DataError(f"data.bos is true, but the tokenizer of model.name {model.name!r} has no BOS token; accepted: "
                         "data.bos: false")  # fmt: skip
     if tokenizer.bos_id is None and tokenizer.eos_id is None:
+        corpus = f"data.{'mixture' if data.mixture else 'dataset'} {data.label!r}"
         raise DataError(f"the tokenizer of model.name {model.name!r} has neither an EOS nor a BOS token to put between "
-                        f"the documents of data.dataset {data.dataset!r}")  # fmt: skip
+                        f"the documents of {corpus}")  # fmt: skip
 
 
-def _part_id(split: Split, corpus: Corpus, tokenizer: Tokenizer, data: DataSpec, train: TrainSpec) -> str:
+def _part_id(split: Split, corpus: str | list[Any], tokenizer: Tokenizer, data: DataSpec, train: TrainSpec) -> str:
     if split == "train":
         amount = [train.steps, train.batch_tokens, data.block_rows]
     else:
         amount = [data.search_tokens if split == "search" else data.report_tokens]
     kept = [data.exclude.special_tokens, data.exclude.first_positions]
     rows = [data.context_size, data.bos, data.seed, kept, amount]
-    return _address([_RULES, split, corpus.identity, tokenizer.fingerprint, rows])
+    return _address([_RULES, split, corpus, tokenizer.fingerprint, rows])
 
 
 def _address(value: Any) -> str:
@@ -203,14 +225,68 @@ def row_generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng([seed % 2**64, *key])
 
 
+class _Mixture:
+    """The sources, and how many of any number of rows are whose."""
+
+    def __init__(self, data: DataSpec, corpora: Sequence[Corpus]) -> None:
+        total = math.fsum(source.weight for source in data.sources)
+        shares = [max(1, round(_SHARES * source.weight / total)) for source in data.sources]
+        sources = list(zip(corpora, shares, strict=True))
+        if len(sources) > 1:
+            sources.sort(key=lambda source: (source[0].identity, source[1]))
+        self.corpora, self._shares = zip(*sources, strict=True)
+
+    @property
+    def identity(self) -> str | list[Any]:
+        if len(self.corpora) == 1:
+            return self.corpora[0].identity
+        return [[corpus.identity, share] for corpus, share in zip(self.corpora, self._shares, strict=True)]
+
+    def quotas(self, n_rows: int) -> list[int]:
+        """The rows of each source, `n_rows` in all: by largest remainder, of equal ones the first."""
+        total = sum(self._shares)
+        quotas = [n_rows * share // total for share in self._shares]
+        by_remainder = sorted(range(len(quotas)), key=lambda index: -(n_rows * self._shares[index] % total))
+        for index in by_remainder[: n_rows - sum(quotas)]:
+            quotas[index] += 1
+        return quotas
+
+
+@dataclass(frozen=True)
+class UsedSource:
+    """What one source gives to a split: `rows` rows, which are `distinct` ones used once or again, with `kept` tokens
+    that are not excluded. `dataset` is its name when the rows were made."""
+
+    dataset: str
+    rows: int
+    distinct: int
+    kept: int
+
+    @property
+    def epochs(self) -> float:
+        """How often the rows are used: 1.0, or more where there are too few."""
+        return self.rows / self.distinct if self.distinct else 1.0
+
+
 @dataclass(frozen=True)
 class _Rows:
     tokens: np.ndarray  # int32 [n, context_size]
     document: np.ndarray  # int32 [n]
     kept: np.ndarray  # int32 [n], kept tokens of each row
+    source: np.ndarray | None = None  # int32 [n], of a mixture
 
     def take(self, order: Any) -> "_Rows":
-        return _Rows(self.tokens[order], self.document[order], self.kept[order])
+        source = None if self.source is None else self.source[order]
+        return _Rows(self.tokens[order], self.document[order], self.kept[order], source)
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    """The rows of all sources, one source after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    source = np.repeat(np.arange(len(parts), dtype=np.int32), [len(rows.kept) for rows in parts])
+    columns = ("tokens", "document", "kept")
+    return _Rows(*(np.concatenate([getattr(rows, column) for rows in parts]) for column in columns), source)
 
 
 class _RowCutter:
@@ -267,75 +343,232 @@ def keep_mask(rows: np.ndarray, excluded_ids: Sequence[int], first_positions: in
     return kept
 
 
-class _Builder:
-    """Takes pieces of documents, in waves, until every missing split has its rows."""
+class _Supply:
+    """The rows of one source: its documents in the order in which they are used, tokenised as far as rows are needed.
+
+    `wanted` are the splits that are not yet full; the builder, which shares it among the sources, takes from it.
+    """
 
     def __init__(
-        self, data: DataSpec, train: TrainSpec, tokenizer: Tokenizer, missing: set[Split], vocab_size: int | None,
-        progress: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self._data, self._train, self._tokenizer, self._vocab_size = data, train, tokenizer, vocab_size
-        self._cutters = {split: _RowCutter(data, tokenizer) for split in SPLITS if split in missing}
-        self._wanted = set(missing)  # shrinks as splits fill; the reader of the corpus looks at it too
-        self._needed = {split: self._selection(split)[0] for split in self._cutters}
+        self, corpus: Corpus, data: DataSpec, tokenizer: Tokenizer, wanted: set[Split], vocab_size: int | None
+    ) -> None:
+        self.corpus = corpus
+        self.cutters = {split: _RowCutter(data, tokenizer) for split in SPLITS if split in wanted}
+        self.exhausted: set[Split] = set()  # splits of which the corpus has no more documents
+        self._data, self._tokenizer, self._wanted, self._vocab_size = data, tokenizer, wanted, vocab_size
+        self._pieces: Iterator[Piece] = iter(())
+        self._pending: dict[Split, deque[Piece]] = {split: deque() for split in self.cutters}
         self._size_taken, self._tokens_taken = 0, 0
+
+    def open(self, needed: Mapping[Split, int]) -> None:
+        """Begin at the first document; `needed` rows of each split are about what is held at once."""
+        held = 1 if self.corpus.holds_ids else _HELD_CHARACTERS_A_TOKEN
+        budgets = {split: held * (rows + 8) * self._data.context_size for split, rows in needed.items()}
+        self._pieces = sampled_pieces(self.corpus, self._data, self._wanted, budgets)
+
+    def fill(self, needed: Mapping[Split, int], parallel_map: ParallelMap, report: Callable[[], None]) -> None:
+        """Tokenise about as much as is still missing of the `needed` rows of each split."""
+        wave = self._next_wave(needed)
+        if not wave:
+            return
+        shards = _shards(wave)
+        encode = _join_ids if self.corpus.holds_ids else self._tokenizer
+        results = parallel_map(encode, [[piece.content for piece in shard] for shard in shards])
+        for shard, (flat, lengths) in zip(shards, results, strict=True):
+            self.check_ids(flat)
+            self._size_taken += sum(len(piece.content) for piece in shard)
+            self._tokens_taken += len(flat)
+            for piece, ids in zip(shard, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
+                self.cutters[piece.split].add(ids, piece.document)
+            report()
+
+    def _next_wave(self, needed: Mapping[Split, int]) -> list[Piece]:
+        size_a_token = 1.0 if self.corpus.holds_ids else 4.0
+        if self._tokens_taken:
+            size_a_token = self._size_taken / self._tokens_taken
+        wave: list[Piece] = []
+        for split, rows in needed.items():
+            cutter, pending, size = self.cutters[split], self._pending[split], 0.0
+            if cutter.n_rows >= rows:
+                continue
+            target = min(1.02 * size_a_token * cutter.body * (rows - cutter.n_rows), _WAVE_SIZE)
+            while size < target or not size:
+                while not pending and (piece := next(self._pieces, None)) is not None:
+                    if piece.split in self._wanted:
+                        self._pending[piece.split].append(piece)
+                if not pending:
+                    break
+                wave.append(pending.popleft())
+                size += len(wave[-1].content) + size_a_token
+            if not size:
+                self.exhausted.add(split)
+        return wave
+
+    def check_ids(self, ids: np.ndarray) -> None:
+        if not self.corpus.holds_ids or self._vocab_size is None or not len(ids):
+            return
+        if not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise DataError(f"{self.corpus.source.field('tokens_column')} holds ids from {ids.min()} to {ids.max()}; "
+                            f"the model accepts 0 to {self._vocab_size - 1}")  # fmt: skip
+
+    def kept(self, split: Split) -> np.ndarray:
+        """int32 [n]: kept tokens of each row so far."""
+        return self.cutters[split].rows().kept
+
+    def used(self, split: Split, rows: int) -> UsedSource:
+        """Of `rows` rows of a split: all that are there, where they are fewer."""
+        kept = self.kept(split)[:rows]
+        return UsedSource(self.corpus.source.spec.dataset, rows, len(kept), int(kept.sum(dtype=np.int64)))
+
+
+class _Builder:
+    """Takes pieces of documents from the sources, in waves, until every missing split has its rows.
+
+    How many rows are taken, and which, is told from the rows alone: neither waves nor workers have a say in it.
+    """
+
+    def __init__(
+        self, data: DataSpec, train: TrainSpec, tokenizer: Tokenizer, mixture: _Mixture, missing: set[Split],
+        vocab_size: int | None, progress: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._data, self._train, self._mixture = data, train, mixture
+        self._wanted = set(missing)  # shrinks as splits fill; the readers of the corpora look at it too
+        self._supplies = [_Supply(corpus, data, tokenizer, self._wanted, vocab_size) for corpus in mixture.corpora]
+        self._splits: list[Split] = sorted(missing)
+        self._needed = {split: mixture.quotas(self._fewest_rows(split)) for split in self._splits}  # rows a source
         self._progress, self._reported_at = progress, 0.0
 
-    def sees_plenty(self, corpus: Corpus) -> bool:
-        """Whether a look into the corpus finds more text than all splits can need, or more than can be counted."""
-        size_a_token = 1.1 if self._data.tokens_column else _HELD_CHARACTERS_A_TOKEN
-        missing = {split: size_a_token * self._data.context_size * rows for split, rows in self._needed.items()}
+    def sees_plenty(self, index: int) -> bool:
+        """Whether a look into a source finds more text than all splits can need, or more than can be counted."""
+        supply = self._supplies[index]
+        size_a_row = (1.1 if supply.corpus.holds_ids else _HELD_CHARACTERS_A_TOKEN) * self._data.context_size
+        missing = {split: size_a_row * needed[index] for split, needed in self._needed.items()}
         seen = 0
-        for content in corpus.read():
+        for content in supply.corpus.read():
             if not isinstance(content, str):
-                self._check_ids(content)
+                supply.check_ids(content)
             missing[split_of_document(content)] -= len(content)
             seen += len(content)
             if seen > _COUNTED_SIZE or max(missing.values()) <= 0:
                 return True
         return False
 
-    def build(self, corpus: Corpus, parallel_map: ParallelMap) -> Iterator[tuple[Split, _Rows]]:
-        held = 1 if self._data.tokens_column else _HELD_CHARACTERS_A_TOKEN
-        budgets = {split: held * (rows + 8) * self._data.context_size for split, rows in self._needed.items()}
-        pieces = sampled_pieces(corpus, self._data, self._wanted, budgets)
-        pending: dict[Split, deque[Piece]] = {split: deque() for split in self._cutters}
+    def count(self, index: int) -> None:
+        """Tokenise one source. Raises `DataError` where it lacks rows for the fewest that the splits can need."""
+        supply, needed = self._supplies[index], {split: rows[index] for split, rows in self._needed.items()}
+        supply.open(needed)
+        while lacking := {
+            split: rows for split, rows in needed.items()
+            if split not in supply.exhausted and supply.cutters[split].n_rows < rows
+        }:  # fmt: skip
+            supply.fill(lacking, map_in_process, lambda: None)
+        for split, rows in needed.items():
+            used = supply.used(split, rows)
+            if used.rows > used.distinct * (self._data.epochs if split == "train" else 1):
+                raise self._refusal(split, index, about=True)
+
+    def build(self, parallel_map: ParallelMap) -> Iterator[tuple[Split, _Rows, list[UsedSource]]]:
+        for index, supply in enumerate(self._supplies):
+            supply.open({split: needed[index] for split, needed in self._needed.items()})
         while self._wanted:
-            self._tokenise(self._next_wave(pieces, pending), parallel_map)
-            for split in sorted(self._wanted):
-                self._needed[split], order = self._selection(split)
-                if order is not None:
-                    self._wanted.discard(split)
-                    yield split, self._cutters.pop(split).rows().take(order)
+            for index, supply in enumerate(self._supplies):
+                needed = {split: self._needed[split][index] for split in self._splits if split in self._wanted}
+                supply.fill(needed, parallel_map, self._report)
+            for split in self._splits:
+                if split not in self._wanted:
+                    continue
+                order = self._train_order() if split == "train" else self._evaluated_order(split)
+                if order is None:
+                    continue
+                used = [supply.used(split, self._needed[split][i]) for i, supply in enumerate(self._supplies)]
+                self._wanted.discard(split)
+                yield split, _joined([supply.cutters.pop(split).rows() for supply in self._supplies]).take(order), used
 
-    def _selection(self, split: Split) -> tuple[int, np.ndarray | slice | None]:
-        """How many rows a split needs, as far as can be told by now, and which of its rows those are, once there.
+    def _fewest_rows(self, split: Split) -> int:
+        if split == "train":
+            return math.ceil(self._train.steps / self._most_steps_a_block) * self._data.block_rows
+        return math.ceil(_asked(self._data, split) / self._most_kept_a_row)
 
-        The fewest rows that will do, so neither waves nor workers have a say in what is taken.
+    def _lacks(self, split: Split, n_rows: int) -> list[int]:
+        """The sources that have too few rows for `n_rows` of all, which is noted as what is needed."""
+        self._needed[split] = self._mixture.quotas(n_rows)
+        return [
+            index for index, quota in enumerate(self._needed[split])
+            if quota > len(self._supplies[index].kept(split))
+        ]  # fmt: skip
+
+    def _evaluated_order(self, split: Split) -> np.ndarray | slice | None:
+        """The rows of the search or the report split, the fewest that will do, or None while some are missing."""
+        totals = [np.cumsum(supply.kept(split), dtype=np.int64) for supply in self._supplies]
+        n_rows = self._fewest_rows(split)
+        while True:
+            for index in (lacking := self._lacks(split, n_rows)):
+                if split in self._supplies[index].exhausted:
+                    raise self._refusal(split, index)
+            if lacking:
+                return None
+            quotas = self._needed[split]
+            kept = sum(int(total[quota - 1]) for total, quota in zip(totals, quotas, strict=True) if quota)
+            if kept >= _asked(self._data, split):
+                break
+            n_rows += math.ceil((_asked(self._data, split) - kept) / self._most_kept_a_row)
+        if len(totals) == 1:
+            return slice(0, n_rows)
+        starts = np.cumsum([0] + [len(total) for total in totals])
+        order = np.concatenate([start + np.arange(quota) for start, quota in zip(starts, quotas, strict=False)])
+        places = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas if quota])
+        return order[np.argsort(places, kind="stable")]  # each source spread evenly
+
+    def _train_order(self) -> np.ndarray | None:
+        """The train rows in their order, whole blocks that hold `train.steps` batches, or None while some are missing.
+
+        Whatever a source's rows are worth, one permutation of all rows says which places in it are the source's.
         """
-        rows, data = self._cutters[split].rows(), self._data
-        if split != "train":
-            wanted = data.search_tokens if split == "search" else data.report_tokens
-            totals = np.cumsum(rows.kept, dtype=np.int64)
-            if len(totals) and totals[-1] >= wanted:
-                n_rows = int(np.searchsorted(totals, wanted)) + 1
-                return n_rows, slice(0, n_rows)
-            missing = wanted - (int(totals[-1]) if len(totals) else 0)
-            return len(totals) + math.ceil(missing / self._most_kept_a_row), None
-        most_steps = max(1, data.block_rows * self._most_kept_a_row // self._train.batch_tokens)
-        n_blocks = math.ceil(self._train.steps / most_steps)
-        while (n_rows := n_blocks * data.block_rows) <= len(rows.kept):
-            order = row_generator(data.seed).permutation(n_rows)
-            kept = rows.kept[order].reshape(n_blocks, data.block_rows).sum(1, dtype=np.int64)
-            steps = kept // self._train.batch_tokens
-            if steps.sum() >= self._train.steps:
-                return n_rows, order
+        data, train = self._data, self._train
+        kept = [supply.kept("train") for supply in self._supplies]
+        all_kept = np.concatenate(kept)
+        n_blocks = self._fewest_rows("train") // data.block_rows
+        while True:
+            n_rows = n_blocks * data.block_rows
+            lacking = self._lacks("train", n_rows)
+            if any("train" not in self._supplies[index].exhausted for index in lacking):
+                return None
+            repeats = [self._supplies[index].used("train", self._needed["train"][index]) for index in lacking]
+            worst = max(zip(repeats, lacking, strict=True), key=_passes, default=None)
+            refused = worst is not None and not 0 < _passes(worst) <= data.epochs
+            if refused and (n_rows > _COUNTED_ROWS or not worst[0].distinct):
+                raise self._refusal("train", worst[1], about=True)
+            order = self._permuted(n_rows, [len(rows) for rows in kept])
+            steps = all_kept[order].reshape(n_blocks, data.block_rows).sum(1, dtype=np.int64) // train.batch_tokens
+            if steps.sum() >= train.steps:
+                if refused:
+                    raise self._refusal("train", worst[1])
+                return order
             if not steps.any():
-                raise DataError(f"train.batch_tokens {self._train.batch_tokens} is larger than a block of "
-                                f"data.block_tokens {data.block_tokens}, which holds about {int(kept.mean())} tokens "
-                                "that are not excluded")  # fmt: skip
-            n_blocks += 1
-        return n_rows, None
+                tokens = int(all_kept[order].sum(dtype=np.int64) / n_blocks)
+                raise DataError(f"train.batch_tokens {train.batch_tokens} is larger than a block of data.block_tokens "
+                                f"{data.block_tokens}, which holds about {tokens} tokens that are not excluded"
+                                )  # fmt: skip
+            missing = math.ceil((train.steps - int(steps.sum())) / self._most_steps_a_block)
+            n_blocks += missing if lacking or len(kept) > 1 else 1
+
+    def _permuted(self, n_rows: int, there: Sequence[int]) -> np.ndarray:
+        """int64 [n_rows]: indices into the rows of all sources, one source after the other, `there` rows of each."""
+        order = row_generator(self._data.seed).permutation(n_rows)
+        begin, start = 0, 0
+        places = order.copy() if len(there) > 1 else order
+        for quota, rows in zip(self._needed["train"], there, strict=True):
+            own = slice(None) if quota == n_rows else (begin <= places) & (places < begin + quota)
+            if quota <= rows:
+                order[own] += start - begin
+            else:
+                order[own] = start + _epochs_of(rows, quota, self._data.seed)
+            begin, start = begin + quota, start + rows
+        return order
+
+    @property
+    def _most_steps_a_block(self) -> int:
+        return max(1, self._data.block_rows * self._most_kept_a_row // self._train.batch_tokens)
 
     @property
     def _most_kept_a_row(self) -> int:
@@ -343,63 +576,67 @@ class _Builder:
         leading = max(excluded.first_positions, int(self._data.bos and excluded.special_tokens))
         return max(1, self._data.context_size - leading)
 
-    def _next_wave(self, pieces: Iterator[Piece], pending: dict[Split, deque[Piece]]) -> list[Piece]:
-        """Pieces for about as many tokens as are still needed. Raises `DataError` when the corpus has no more."""
-        size_a_token = 1.0 if self._data.tokens_column else 4.0
-        if self._tokens_taken:
-            size_a_token = self._size_taken / self._tokens_taken
-        wave: list[Piece] = []
-        for split in sorted(self._wanted):
-            cutter, size = self._cutters[split], 0.0
-            target = min(1.02 * size_a_token * cutter.body * (self._needed[split] - cutter.n_rows), _WAVE_SIZE)
-            while size < target or not size:
-                while not pending[split] and (piece := next(pieces, None)) is not None:
-                    if piece.split in self._wanted:
-                        pending[piece.split].append(piece)
-                if not pending[split]:
-                    break
-                wave.append(pending[split].popleft())
-                size += len(wave[-1].content) + size_a_token
-            if not size:
-                raise self._too_few(split)
-        return wave
-
-    def _tokenise(self, wave: list[Piece], parallel_map: ParallelMap) -> None:
-        shards = _shards(wave)
-        encode = _join_ids if self._data.tokens_column else self._tokenizer
-        results = parallel_map(encode, [[piece.content for piece in shard] for shard in shards])
-        for shard, (flat, lengths) in zip(shards, results, strict=True):
-            self._check_ids(flat)
-            self._size_taken += sum(len(piece.content) for piece in shard)
-            self._tokens_taken += len(flat)
-            for piece, ids in zip(shard, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
-                self._cutters[piece.split].add(ids, piece.document)
-            self._report()
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        if self._vocab_size is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise DataError(f"data.tokens_column {self._data.tokens_column!r} holds ids from {ids.min()} to {ids.max()}"
-                            f"; the model accepts 0 to {self._vocab_size - 1}")  # fmt: skip
-
     def _report(self) -> None:
         if time.monotonic() - self._reported_at >= 1:
             self._reported_at = time.monotonic()
-            shares = (
-                f"{split} {min(1.0, cutter.n_rows / self._needed[split]):.0%}"
-                for split, cutter in self._cutters.items()
-            )
-            self._progress(f"tokenising {self._data.dataset}: {', '.join(shares)}")
+            shares = []
+            for split in self._wanted:
+                n_rows = sum(supply.cutters[split].n_rows for supply in self._supplies)
+                shares.append(f"{split} {min(1.0, n_rows / sum(self._needed[split])):.0%}")
+            self._progress(f"tokenising {self._data.label}: {', '.join(sorted(shares))}")
 
-    def _too_few(self, split: Split) -> DataError:
-        data, train, rows = self._data, self._train, self._cutters[split].rows()
-        if split == "train":
-            asked = (f"train.tokens {train.tokens} (with data.block_tokens {data.block_tokens} and train.batch_tokens "
-                     f"{train.batch_tokens}: {self._needed[split]} rows of {data.context_size})")  # fmt: skip
-        else:
-            asked = f"data.{split}_tokens {data.search_tokens if split == 'search' else data.report_tokens}"
-        return DataError(f"{asked} is more than data.dataset {data.dataset!r} has: its {split} split (by document, "
-                         f"train 90%, search 5%, report 5%) gives {len(rows.kept)} rows with {int(rows.kept.sum())} "
-                         "tokens that are not excluded")  # fmt: skip
+    def _refusal(self, split: Split, index: int, *, about: bool = False) -> DataError:
+        supply, rows = self._supplies[index], self._needed[split][index]
+        used = supply.used(split, rows)
+        if about and used.kept:  # the count of rows takes each for as full as it can be
+            rows = max(rows, math.ceil(rows * self._most_kept_a_row * used.distinct / used.kept))
+        return _too_few(split, supply.corpus, replace(used, rows=rows), self._data, self._train, about=about)
+
+
+def _asked(data: DataSpec, split: Split) -> int:
+    """Kept tokens that are asked for, of a split that is evaluated on."""
+    return data.search_tokens if split == "search" else data.report_tokens
+
+
+def _epochs_of(n_rows: int, quota: int, seed: int) -> np.ndarray:
+    """int64 [quota]: all of `n_rows` rows in an order of their own, then all in another, the last as far as needed."""
+    n_epochs = math.ceil(quota / n_rows)
+    return np.concatenate([row_generator(seed, epoch, 1).permutation(n_rows) for epoch in range(n_epochs)])[:quota]
+
+
+def _passes(repeated: tuple[UsedSource, int]) -> int:
+    used, _ = repeated
+    return math.ceil(used.rows / used.distinct) if used.distinct else 1 << 62
+
+
+def _too_few(
+    split: Split, corpus: Corpus, used: UsedSource, data: DataSpec, train: TrainSpec, *, about: bool = False
+) -> DataError:
+    """A source has fewer rows than it would have to give; `about` where that number is an estimate."""
+    source, estimate, rows = corpus.source, "about " if about else "", f"rows of {data.context_size}"
+    accepted = ["fewer tokens", "a larger dataset"]
+    if data.mixture is not None:
+        accepted.insert(1, "a smaller weight")
+    if split == "train":
+        asked = f"train.tokens {train.tokens}"
+        details = [f"data.block_tokens {data.block_tokens}", f"train.batch_tokens {train.batch_tokens}"]
+        if data.epochs > 1:
+            details.append(f"data.epochs {data.epochs}")
+        if used.distinct:
+            accepted.insert(0, f"data.epochs: {estimate}{math.ceil(used.rows / used.distinct)}")
+    else:
+        asked, details = f"data.{split}_tokens {_asked(data, split)}", []
+    needed = f"{estimate}{used.rows} {rows}"
+    if data.mixture is None:
+        wanted = f" (with {', '.join(details)}: {needed})" if details else ""
+        message = f"{asked}{wanted} is more than {source.field()} has: its"
+    else:
+        weights = f"weight {source.spec.weight:g} of {math.fsum(each.weight for each in data.sources):g}"
+        wanted = f" (with {', '.join(details)})" if details else ""
+        message = f"{source.field()} ({weights}) has too few rows for {asked}{wanted}: {needed} are its share; its"
+    return DataError(f"{message} {split} split (by document, train 90%, search 5%, report 5%) gives {used.distinct} "
+                     f"rows with {used.kept} tokens that are not excluded; accepted: {', '.join(accepted[:-1])} or "
+                     f"{accepted[-1]}")  # fmt: skip
 
 
 def _shards(pieces: list[Piece]) -> list[list[Piece]]:
@@ -421,7 +658,7 @@ def _join_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 # ---- parts on the storage -------------------------------------------------------------------------------------------
 
 
-def _write_part(storage: Storage, part: str, rows: _Rows) -> None:
+def _write_part(storage: Storage, part: str, rows: _Rows, used: Sequence[UsedSource]) -> None:
     """Write a split's rows in files of a bounded size, then `part.json`, then the manifest."""
     n_rows, context_size = rows.tokens.shape
     rows_a_file = max(1, _FILE_BYTES // (4 * context_size))
@@ -431,7 +668,13 @@ def _write_part(storage: Storage, part: str, rows: _Rows) -> None:
         storage.write(f"{_folder(part)}/{name}", data)
         sums[name], sizes[name] = blake2b(data, digest_size=16).hexdigest(), len(data)
     content = blake2b(np.ascontiguousarray(rows.tokens).data, digest_size=16).hexdigest()
-    description = {"n_rows": n_rows, "rows_a_file": rows_a_file, "sizes": sizes, "content": content}
+    description = {
+        "n_rows": n_rows,
+        "rows_a_file": rows_a_file,
+        "sizes": sizes,
+        "content": content,
+        "sources": [asdict(source) for source in used],
+    }
     data = json.dumps(description, indent=1).encode()
     storage.write(f"{_folder(part)}/{_PART}", data)
     storage.write_json(f"{_folder(part)}/{MANIFEST}", {**sums, _PART: blake2b(data, digest_size=16).hexdigest()})
@@ -440,7 +683,10 @@ def _write_part(storage: Storage, part: str, rows: _Rows) -> None:
 def _arrow_file(rows: _Rows) -> bytes:
     context_size = rows.tokens.shape[1]
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.tokens.reshape(-1)), context_size)
-    batch = pa.record_batch([tokens, pa.array(rows.document), pa.array(rows.kept)], ["tokens", "document", "kept"])
+    columns = {"tokens": tokens, "document": pa.array(rows.document), "kept": pa.array(rows.kept)}
+    if rows.source is not None:
+        columns["source"] = pa.array(rows.source)
+    batch = pa.record_batch(list(columns.values()), list(columns))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -479,6 +725,7 @@ class _Part:
         description = storage.read_json(f"{_folder(part)}/{_PART}")
         self.n_rows: int = description["n_rows"]
         self.content: str = description["content"]
+        self.sources = [UsedSource(**used) for used in description.get("sources", [])]  # older parts lack it
         self._rows_a_file: int = description["rows_a_file"]
         self._batches: dict[int, pa.RecordBatch] = {}
 
@@ -552,8 +799,24 @@ class TokenStore:
         return self._parts[split].column("tokens", start, stop)
 
     def documents(self, split: Split, start: int, stop: int) -> np.ndarray:
-        """int32 [stop - start]: the position in the corpus of the document that each row begins with."""
+        """int32 [stop - start]: the position, in its source, of the document that each row begins with."""
         return self._parts[split].column("document", start, stop)
+
+    def sources(self, split: Split) -> list[UsedSource]:
+        """What each source gives to a split, in an order that their content decides."""
+        return self._parts[split].sources
+
+    def source_of(self, split: Split, start: int, stop: int) -> np.ndarray:
+        """int32 [stop - start]: the source of each row, an index into `sources`."""
+        if len(self.sources(split)) <= 1:
+            return np.zeros(len(self.documents(split, start, stop)), dtype=np.int32)
+        return self._parts[split].column("source", start, stop)
+
+    @property
+    def epochs(self) -> float:
+        """How often the train rows of a source are used, of the one whose are used most often: 1.0 where all have
+        enough."""
+        return max((used.epochs for used in self.sources("train")), default=1.0)
 
     def kept(self, rows: np.ndarray) -> np.ndarray:
         """bool [n, context_size]: the tokens that count, neither special nor among the first positions."""

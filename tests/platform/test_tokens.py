@@ -11,9 +11,9 @@ import pytest
 
 import penstock.tokens
 from penstock import corpus as corpora
-from penstock.corpus import open_corpus, sampled_pieces
+from penstock.corpus import Source, open_corpora, sampled_pieces
 from penstock.errors import DataError, ModelError
-from penstock.spec import DataSpec, ModelSpec, TrainSpec
+from penstock.spec import DataSpec, ModelSpec, SourceSpec, TrainSpec
 from penstock.splits import SPLITS, document_hash, split_of
 from penstock.storage import Storage
 from penstock.tokens import TokenStore, build_token_store, load_tokenizer
@@ -132,7 +132,7 @@ def test_token_ids_are_joined_and_cut_by_hand(model, storage, tmp_path):
 
 def test_long_documents_are_cut_into_pieces_that_lose_nothing():
     words = " ".join(f"w{i}" for i in range(5_000))
-    whole = corpora.Corpus("one", lambda: iter([words]))
+    whole = corpora.Corpus(Source(SourceSpec(dataset="one"), "data"), lambda: "one", lambda: iter([words]))
     split = split_of(document_hash(words))
     pieces = list(sampled_pieces(whole, spec("demo"), {split}, {split: 10**9}))
     assert max(len(piece.content) for piece in pieces) <= 8 * 16 * 4
@@ -299,7 +299,7 @@ def test_a_part_that_was_cut_is_made_again(jsonl, model, storage):
 
 def test_a_budget_too_small_only_makes_it_read_again(jsonl):
     data = spec(jsonl)
-    corpus = open_corpus(data)
+    [corpus] = open_corpora(data)
     everything = {split: 10**9 for split in SPLITS}
     plenty = [piece for piece in sampled_pieces(corpus, data, set(SPLITS), everything)]
     scarce = [piece for piece in sampled_pieces(corpus, data, set(SPLITS), dict.fromkeys(SPLITS, 1_000))]
