@@ -16,12 +16,15 @@ from safetensors.torch import save as save_tensors
 
 from penstock.activations import from_wire
 from penstock.identity import check_code
+from penstock.meters import Meters
 from penstock.model_host import ModelHost
 from penstock.sites import Site
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
+from penstock.spool import SpooledStream
 from penstock.storage import Storage
-from penstock.stream import BlockInfo, HostGoneError, Stream, StreamState
+from penstock.stream import BlockInfo, HostGoneError, Stream
+from penstock.stream_state import BlockSet, StreamState
 from penstock.subjects import Subject, load_subject
 from penstock.tokens import TokenStore
 from sae_core import calibrate
@@ -55,15 +58,37 @@ class HostActor:
     def ping(self) -> bool:
         return True
 
-    def harvest(self, tokens_id: str, calibration_folder: str, block: int, hook_points: Sequence[str]) -> Any:
+    def harvest(self, source: "Source", block: int, arrays: Sequence[str]) -> Any:
         """The arrays of the block by these names, one return value each, and a `BlockInfo` last."""
         started, passes = time.perf_counter(), self._host.forward_passes
-        arrays = self._host.harvest(self._store(tokens_id), self._config.data, block, hook_points)
+        spool = source.spool
+        if spool is not None and all(spool.has(name, block) for name in arrays):
+            # Another sweep over the same activations has put it there meanwhile.
+            return *(None for _ in arrays), BlockInfo(0, 0, time.perf_counter() - started, from_spool=True)
+        made = self._host.harvest(self._store(source.tokens_id), self._config.data, block, arrays)
         if block == 0:
-            self._calibrate(arrays, calibration_folder)
-        tokens = len(next(iter(arrays.values())))
-        info = BlockInfo(tokens, self._host.forward_passes - passes, time.perf_counter() - started)
-        return *(arrays[name] for name in hook_points), info
+            self._calibrate(made, source.calibration_folder)
+        spooled, notice = self._spool(spool, block, made)
+        info = BlockInfo(
+            tokens=len(next(iter(made.values()))),
+            forward_passes=self._host.forward_passes - passes,
+            seconds=time.perf_counter() - started,
+            spooled=spooled,
+            notice=notice,
+        )
+        return *(made[name] for name in arrays), info
+
+    def _spool(
+        self, spool: SpooledStream | None, block: int, made: Mapping[str, np.ndarray]
+    ) -> tuple[tuple[str, ...], str | None]:
+        """Put a block's arrays into the spool: (which of them lie there now, what the user should know)."""
+        if spool is None:
+            return (), None
+        for name, array in made.items():
+            spool.write(name, block, array, self._config.model.dtype)
+        there = tuple(name for name in made if spool.has(name, block))
+        full = len(there) < len(made)
+        return there, f"the spool takes no more blocks: {spool.full}; training goes on" if full else None
 
     def evaluate(
         self, tokens_id: str, site: Site, subjects: Sequence[Subject], split: Split, start_row: int, stop_row: int
@@ -95,30 +120,40 @@ class HostActor:
 
 
 @dataclass(frozen=True)
-class StreamConfig:
-    """What the stream needs to build itself, at its start and after a restart."""
+class Source:
+    """Where a stream's blocks come from, and where else they lie."""
 
     tokens_id: str
     calibration_folder: str
+    spool: SpooledStream | None = None
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What the stream needs to build itself, at its start and after a restart."""
+
+    name: str
+    source: Source
     n_blocks: int
     window: int
-    waves: tuple[Mapping[str, tuple[str, ...]], ...]  # pack id -> hook points
+    waves: tuple[Mapping[str, tuple[str, ...]], ...]  # pack id -> arrays
     cursors: Mapping[str, int]
-    hosts: tuple[str, ...]  # names: a handle would be lost with the driver's object store when the actor restarts
+    lease_seconds: float
     code: str
 
 
 class _RayHost:
     """A host as the stream sees it."""
 
-    def __init__(self, name: str, config: StreamConfig) -> None:
+    def __init__(self, name: str, source: Source) -> None:
+        # By name: a handle would be lost with the driver's object store when the actor restarts.
         self._handle = ray.get_actor(name, namespace=NAMESPACE)
-        self._config = config
+        self._source = source
 
-    async def harvest(self, block: int, hook_points: Sequence[str]) -> tuple[dict[str, Any], BlockInfo]:
-        method = self._handle.harvest.options(num_returns=len(hook_points) + 1)
-        *objects, info = method.remote(self._config.tokens_id, self._config.calibration_folder, block, hook_points)
-        return dict(zip(hook_points, objects, strict=True)), await info
+    async def harvest(self, block: int, arrays: Sequence[str]) -> tuple[dict[str, Any], BlockInfo]:
+        method = self._handle.harvest.options(num_returns=len(arrays) + 1)
+        *objects, info = method.remote(self._source, block, arrays)
+        return dict(zip(arrays, objects, strict=True)), await info
 
     async def wait_until_up(self) -> None:
         while True:
@@ -130,6 +165,9 @@ class _RayHost:
             except ray.exceptions.RayError:
                 await asyncio.sleep(1.0)
 
+    def kill(self) -> None:
+        ray.kill(self._handle, no_restart=False)
+
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
 class StreamActor:
@@ -137,37 +175,61 @@ class StreamActor:
 
     def __init__(self, config: StreamConfig) -> None:
         check_code(config.code)
-        state = StreamState(config.n_blocks, config.window, len(config.hosts))
+        self._config = config
+        self._incarnation = time.time_ns()
+        arrays = sorted({name for wave in config.waves for names in wave.values() for name in names})
+        spool, blocks = config.source.spool, config.n_blocks
+        spooled = {
+            name: BlockSet(blocks, (block for block in spool.blocks(name) if block < blocks)) for name in arrays
+        } if spool else {}  # fmt: skip
+        state = StreamState(blocks, config.window, spooled=spooled, lease_seconds=config.lease_seconds)
+        self._stream = Stream(state)
+        self._meters = Meters(config.name)
+        self._tasks: list[asyncio.Task[None]] = []
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            # Who is still there attaches again, and where each stands only it knows.
+            print("the stream has been restarted; packs attach again, blocks are made again", flush=True)
+            return
         for cohort, packs in enumerate(config.waves):
             state.expect(packs, cohort, config.cursors)
         if config.waves:
             state.open_cohort(0, time.monotonic())
-        self._stream = Stream(state, [_RayHost(name, config) for name in config.hosts])
-        self._pump: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Begin to make blocks; every call of a consumer does so as well, in case the actor was restarted."""
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.ensure_future(self._stream.pump())
+    async def set_hosts(self, names: Sequence[str]) -> list[str]:
+        """From now on these hosts make the blocks; the names of those that have left. Calling it again changes
+        nothing."""
+        if not self._tasks:
+            self._tasks = [asyncio.ensure_future(self._stream.pump()), asyncio.ensure_future(self._measure())]
+        known = self._stream.hosts
+        return await self._stream.set_hosts(
+            {name: known.get(name) or _RayHost(name, self._config.source) for name in names}
+        )
 
-    async def attach(self, pack_id: str, cursor: int) -> None:
-        await self.start()
-        await self._stream.attach(pack_id, cursor)
+    async def attach(self, pack_id: str, arrays: Sequence[str], cursor: int, run: int) -> None:
+        await self._stream.attach(pack_id, arrays, cursor, run)
 
-    async def detach(self, pack_id: str) -> None:
-        await self._stream.detach(pack_id)
+    async def detach(self, pack_id: str, run: int) -> None:
+        await self._stream.detach(pack_id, run)
 
-    async def next_block(self, pack_id: str, block: int) -> dict[str, Any] | None:
-        return await self._stream.next_block(pack_id, block)
+    async def next_block(self, pack_id: str, block: int, run: int) -> dict[str, Any] | None:
+        return await self._stream.next_block(pack_id, block, run)
 
-    async def acknowledge(self, pack_id: str, block: int) -> None:
-        await self._stream.acknowledge(pack_id, block)
+    async def acknowledge(self, pack_id: str, block: int, run: int) -> None:
+        await self._stream.acknowledge(pack_id, block, run)
 
-    async def forget(self, pack_id: str, block: int) -> None:
-        await self._stream.forget(pack_id, block)
+    async def forget(self, pack_id: str, block: int, arrays: Sequence[str], reason: str) -> None:
+        await self._stream.forget(pack_id, block, arrays, reason)
 
-    async def report(self, pack_id: str, events: Sequence[dict[str, Any]], pause_seconds: float = 0.0) -> None:
-        await self._stream.report(pack_id, events, pause_seconds)
+    async def report(
+        self, pack_id: str, events: Sequence[dict[str, Any]], about: Mapping[str, float], pause_seconds: float, run: int
+    ) -> None:
+        await self._stream.report(pack_id, events, about, pause_seconds, run)
 
-    async def collect(self) -> tuple[list[dict[str, Any]], dict[str, float], str | None]:
-        return await self._stream.collect()
+    async def collect(self) -> dict[str, Any]:
+        return {"incarnation": self._incarnation, **await self._stream.collect()}
+
+    async def _measure(self) -> None:
+        """Show Ray's metrics agent how things stand, about once a second."""
+        while True:
+            self._meters.update(self._stream)
+            await asyncio.sleep(1.0)

@@ -4,38 +4,56 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from penstock.errors import SweepError
+from penstock.spool import SpooledStream, SpoolError
+from penstock.stream_state import LeaseLostError
 
 REPORT_SECONDS = 1.0
+AWAY_SECONDS = 120
 
 
 class StreamClient:
-    """A pack's side of the stream: blocks in order, whatever happens to the stream or its hosts meanwhile."""
+    """A pack's side of the stream: blocks in order, whatever happens to the stream, its hosts or its objects meanwhile.
 
-    def __init__(self, stream: Any, pack_id: str) -> None:
+    Args:
+        stream: the stream actor's handle.
+        arrays: the names of the arrays that the pack reads.
+        run: of the pack's several runs the later one has the greater number; the stream serves the latest alone.
+        spool: where blocks lie that the stream hands out as spooled.
+    """
+
+    def __init__(
+        self, stream: Any, pack_id: str, arrays: Sequence[str], run: int, spool: SpooledStream | None = None
+    ) -> None:
         self._stream = stream
         self._pack_id = pack_id
+        self._arrays = tuple(arrays)
+        self._run = run
+        self._spool = spool
         self._events: list[dict[str, Any]] = []
         self._sent = time.monotonic()
-        self._report: Any = None
+        self._last_call: Any = None
+        self.about: dict[str, float] = {"wait_seconds": 0.0, "spool_reads": 0}
 
-    def blocks(self, first: int, stop: int, hook_points: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(block, {hook point: read-only array}) in order; a block counts as used up when the next one is asked for."""
+    def blocks(self, first: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(block, read-only array by name) in order; a block counts as used up when the next one is asked for: keep
+        nothing of it then, since the object store may only drop what no process maps."""
         self._attach(first)
         request = self._request(first)
         for block in range(first, stop):
-            arrays = self._fetch(request, block, hook_points)
+            arrays = self._fetch(request, block)
             request = self._request(block + 1) if block + 1 < stop else None
             yield block, arrays
-            del arrays  # the object store may only drop what no process maps
-            self._call_quietly(self._stream.acknowledge, block)
+            del arrays
+            self._tell(self._stream.acknowledge, block)
 
-    def wait_for(self, block: int) -> None:
-        """Return when a block has been made."""
+    def block(self, block: int) -> dict[str, np.ndarray]:
+        """One block, wherever the pack stands."""
         self._attach(block)
-        self._resolve(self._request(block), block)
+        return self._fetch(self._request(block), block)
 
     def emit(self, event: dict[str, Any]) -> None:
         """Tell the driver something; sent with the next sign of life."""
@@ -49,64 +67,88 @@ class StreamClient:
     def keep_alive(self) -> None:
         """Send what was emitted, about once a second."""
         if time.monotonic() - self._sent >= REPORT_SECONDS:
-            self._send(0.0)
+            self.flush(0.0)
 
     def flush(self, pause_seconds: float) -> None:
         """Send what was emitted now, and announce a pause of up to that long."""
-        self._send(pause_seconds)
+        events, self._events = self._events, []
+        self._sent = time.monotonic()
+        self._tell(self._stream.report, events, self.about, pause_seconds)
 
     def close(self) -> None:
         """Send the rest and leave the stream."""
-        self._send(0.0)
-        self._call_quietly(self._stream.detach)
-
-    # ---- inside ----
-
-    def _send(self, pause_seconds: float) -> None:
-        events, self._events = self._events, []
-        self._sent = time.monotonic()
-        self._call_quietly(self._stream.report, events, pause_seconds)
-
-    def _call_quietly(self, method: Any, *args: Any) -> None:
-        """A call whose loss does no harm: what it says is repeated, or stands in storage as well."""
-        try:
-            ray.get(method.remote(self._pack_id, *args), timeout=60)
+        self.flush(0.0)
+        self._tell(self._stream.detach)
+        try:  # calls of one caller arrive in their order: the last one answered, all are
+            ray.get(self._last_call, timeout=60)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             pass
 
+    # ---- inside ----
+
+    def _tell(self, method: Any, *args: Any) -> None:
+        """A call whose answer nobody needs and whose loss does no harm: what it says is repeated, or stands in storage
+        as well."""
+        self._last_call = method.remote(self._pack_id, *args, self._run)
+
     def _request(self, block: int) -> Any:
-        return self._stream.next_block.remote(self._pack_id, block)
+        return self._stream.next_block.remote(self._pack_id, block, self._run)
 
     def _attach(self, block: int) -> None:
-        for _ in range(120):
+        for _ in range(AWAY_SECONDS):
             try:
-                ray.get(self._stream.attach.remote(self._pack_id, block))
+                ray.get(self._stream.attach.remote(self._pack_id, self._arrays, block, self._run))
                 return
             except ray.exceptions.RayActorError:
                 time.sleep(1.0)  # the stream is being restarted
-        raise SweepError(f"pack {self._pack_id}: the stream has been away for two minutes")
+        raise SweepError(f"pack {self._pack_id}: the stream has been away for {AWAY_SECONDS} s")
 
     def _resolve(self, request: Any, block: int) -> dict[str, Any]:
         while True:
             try:
-                refs = ray.get(request)
-                if refs is not None:
-                    return refs
-            except ray.exceptions.RayActorError:
-                self._attach(block)
-            except ray.exceptions.RayTaskError as error:
-                if "LeaseLostError" not in str(error):
-                    raise
+                found = ray.get(request)
+                if found is not None:
+                    return found
+            except (ray.exceptions.RayActorError, LeaseLostError):
                 self._attach(block)
             request = self._request(block)
 
-    def _fetch(self, request: Any, block: int, hook_points: Sequence[str]) -> dict[str, Any]:
+    def _fetch(self, request: Any, block: int) -> dict[str, np.ndarray]:
+        begun = time.perf_counter()
         while True:
-            refs = self._resolve(request, block)
+            found = self._resolve(request, block)
+            spooled = [name for name in self._arrays if isinstance(found[name], str)]  # `IN_SPOOL`
+            in_store = [name for name in self._arrays if name not in spooled]
+            lost, reason = in_store, "an object is gone from the store"
             try:
-                return dict(zip(hook_points, ray.get([refs[name] for name in hook_points]), strict=True))
-            except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError):
-                self._call_quietly(self._stream.forget, block)
-                request = self._request(block)
+                arrays = dict(zip(in_store, ray.get([found[name] for name in in_store]), strict=True))
+                lost = spooled
+                for name in spooled:
+                    assert self._spool is not None
+                    arrays[name] = self._spool.read(name, block)
+            except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:
+                reason = f"{reason}: {type(error).__name__}"
+            except SpoolError as error:
+                reason = str(error)
+                for name in spooled:
+                    self._drop(name, block)
+            else:
+                self.about["wait_seconds"] += time.perf_counter() - begun
+                self.about["spool_reads"] += bool(spooled)
+                return arrays
+            self._tell_lost(block, lost, reason)
+            request = self._request(block)
 
+    def _drop(self, name: str, block: int) -> None:
+        """Take a damaged block out of the spool, so that it is written again; one that can be read stays."""
+        assert self._spool is not None
+        try:
+            self._spool.read(name, block)
+        except SpoolError:
+            self._spool.remove(name, block)
 
+    def _tell_lost(self, block: int, arrays: Sequence[str], reason: str) -> None:
+        try:
+            ray.get(self._stream.forget.remote(self._pack_id, block, list(arrays), reason), timeout=60)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            pass  # a stream that is new has forgotten it anyway

@@ -1,13 +1,18 @@
 """Where a user's sweeps are kept: one local folder with the MLflow database, its artifacts and, unless the spec says
 otherwise, the token stores and checkpoints."""
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from penstock.errors import SweepError
+
+if TYPE_CHECKING:
+    from penstock.storage import Storage
 
 DEFAULT_HOME = "penstock-home"
 _DATABASES = ("postgresql", "mysql", "mssql")
@@ -83,6 +88,30 @@ class Home:
         if problem:
             source = "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "the tracking database"
             raise SweepError(f"{source} {_without_password(uri)!r}: {problem}")
+
+
+def remember(home: Home, name: str, sweep_id: str, storage: "Storage") -> None:
+    """Note where the latest sweep of a name keeps its state, for `penstock status` and `penstock scale`."""
+    from penstock.storage import Storage
+
+    record = {"name": name, "sweep_id": sweep_id, "storage": storage.uri}
+    for key in (name, sweep_id):
+        Storage(home.path).write_json(f"sweeps/{key}.json", record)
+
+
+def recall(home: Home, sweep: str) -> tuple["Storage", str]:
+    """(storage, sweep id) of the latest sweep of a name, or of an id. Raises `SweepError` when none was ever started
+    here."""
+    from penstock.storage import Storage
+
+    file = home.path / "sweeps" / f"{sweep}.json"
+    if not file.is_file():
+        known = sorted({json.loads(path.read_text())["name"] for path in (home.path / "sweeps").glob("*.json")})
+        raise SweepError(
+            f"no sweep {sweep!r} was started from home {str(home.path)!r}; there is: {', '.join(known) or 'none'}"
+        )
+    record = json.loads(file.read_text())
+    return Storage(record["storage"]), record["sweep_id"]
 
 
 def _unanswered(uri: str) -> str | None:

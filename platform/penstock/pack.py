@@ -6,6 +6,7 @@ function of its step, so an SAE simply waits until the pack reaches its own.
 """
 
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,12 @@ from penstock.storage import Storage
 from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
 
 KEEP_CHECKPOINTS = 2
+LEAST_MICRO_BATCH = 64  # tokens; a pack that does not even fit so is better split than slow
 DEAD_OVER_TOKENS = 1_000_000
+
+
+class PackOutOfMemoryError(Exception):
+    """The pack's SAEs do not fit one worker together; fewer of them may."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Pack:
         calibrations: one an input.
         emit: called with every event: metric rows, and an SAE's end.
         saes_at_once: how many SAEs step at the same time, each with torch's threads; the results are the same.
+        guard: raises when this pack may not write any more (see `fence.py`).
         allow_code_change: go on with checkpoints that other source code has written.
     """
 
@@ -85,9 +92,11 @@ class Pack:
         saes_at_once: int = 1,
         emit: Callable[[dict[str, Any]], None] = lambda event: None,
         log: Callable[[str], None] = print,
+        guard: Callable[[], None] = lambda: None,
         allow_code_change: bool = False,
     ) -> None:
         self.training = training
+        self._guard = guard
         self._storage = storage
         self._emit = emit
         self._log = log
@@ -112,6 +121,11 @@ class Pack:
         """The first step that an active SAE still has to make; `training.steps` when none has."""
         return min((slot.trainer.steps_done for slot in self._slots if slot.active), default=self.training.steps)
 
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens that the SAEs have been trained on, summed over them."""
+        return sum(slot.trainer.tokens_seen for slot in self._slots)
+
     def step(self, step: int, inputs: Mapping[str, Tensor]) -> None:
         """Train every active SAE that stands at this step on its batch: an array [batch, d] an input, read-only, whose
         rows are the same tokens in all of them."""
@@ -125,14 +139,28 @@ class Pack:
             except Exception as error:  # the border of one SAE: its fault stops it alone
                 return error
 
-        for slot, outcome in zip(due, self._pool.map(train, due) if self._pool else map(train, due), strict=True):
+        outcomes = list(self._pool.map(train, due) if self._pool else map(train, due))
+        for slot, outcome in zip(due, outcomes, strict=True):
+            if isinstance(outcome, Exception) and is_out_of_memory(outcome) and len(self._slots) > 1:
+                raise PackOutOfMemoryError(f"{type(outcome).__name__} with micro-batches of "
+                                           f"{slot.trainer.micro_batch_tokens} tokens") from outcome  # fmt: skip
             self._note(slot, outcome)
 
     def checkpoint(self) -> None:
-        """Save every active SAE whole; a stopped one keeps its last checkpoint."""
+        """Save every active SAE whole; a stopped one keeps its last checkpoint.
+
+        A full disk stops no training: what could not be saved is said, and the last whole checkpoint stays.
+        """
         for slot in self._slots:
             if slot.active and not self._stop_if_diverged(slot):
-                self._save(slot)
+                try:
+                    self._save(slot)
+                except OSError as error:
+                    reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+                    self._log(
+                        f"SAE {slot.member.sae_id}: its checkpoint at step {slot.trainer.steps_done} could not be written "
+                        f"to {self._storage.uri} ({reason}); training goes on, and the last whole one stays"
+                    )
 
     def finish(self, tails: Mapping[str, Tensor] = {}) -> None:
         """Export every SAE that has made all its steps: folded, in SAELens' format, with its history.
@@ -168,7 +196,8 @@ class Pack:
                 return trainer.train_step(x, target, want_metrics=want_metrics)
             except (RuntimeError, MemoryError) as error:
                 micro_batch = trainer.micro_batch_tokens or x.shape[0]
-                if not is_out_of_memory(error) or micro_batch <= 1:
+                least = min(x.shape[0], LEAST_MICRO_BATCH) if len(self._slots) > 1 else 1
+                if not is_out_of_memory(error) or micro_batch <= least:
                     raise
             trainer.micro_batch_tokens = micro_batch // 2
             if x.is_cuda:
@@ -186,6 +215,7 @@ class Pack:
 
     def _stop(self, slot: _Slot, status: str, reason: str) -> None:
         slot.reason = reason
+        self._guard()
         record = {"status": status, "reason": reason, "step": slot.trainer.steps_done, "history": slot.history}
         self._storage.write_json(f"{slot.folder}/stopped.json", record)
         self._log(f"SAE {slot.member.sae_id} {status}: {reason}; the rest of its pack goes on")
@@ -198,7 +228,7 @@ class Pack:
             return
         about = {"code": code_hash(), "micro_batch_tokens": slot.trainer.micro_batch_tokens, "history": slot.history}
         files = {"state.safetensors": save_tensors(slot.trainer.state()), "about.json": json.dumps(about).encode()}
-        self._storage.commit_folder(f"{folder}/{name}", files)
+        self._storage.commit_folder(f"{folder}/{name}", files, self._guard)
         for old in self._storage.names(folder)[:-KEEP_CHECKPOINTS]:
             self._storage.delete(f"{folder}/{old}")
 
@@ -209,6 +239,7 @@ class Pack:
                 files = self._storage.read_folder(f"{folder}/{name}")
             except CheckpointError as error:
                 self._log(f"{error}; an older checkpoint is used")
+                self._storage.delete(f"{folder}/{name}")  # it will be written again
                 continue
             about = json.loads(files["about.json"])
             if about["code"] != code_hash() and not allow_code_change:
@@ -240,7 +271,7 @@ class Pack:
         }
         files = _saved(sae, slot.trainer.sparsity())
         files["summary.json"] = (json.dumps(summary) + "\n").encode()
-        self._storage.commit_folder(f"{slot.folder}/final", files)
+        self._storage.commit_folder(f"{slot.folder}/final", files, self._guard)
         self._storage.delete(f"{slot.folder}/checkpoints")
         self._emit({"kind": "finished", "sae_id": slot.member.sae_id})
 

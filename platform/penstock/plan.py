@@ -397,11 +397,15 @@ def describe(
     """The plan as text."""
     trained = [sae for pack in packs for sae in pack.saes]
     rounds = waves(packs, slots)
+    block_bytes = memory_of_block(spec, model, packs)
     blocks = len(rounds) * schedule.n_blocks
+    spooling = [f"spool      off: {len(rounds)} waves make every block {len(rounds)} times"] if len(rounds) > 1 else []
     if spool is not None:
         arrays = {name for pack in packs for name in pack.hook_points}
         there = set(range(schedule.n_blocks)).intersection(*(spool.blocks(name) for name in arrays))
         blocks = schedule.n_blocks - len(there) if arrays else 0
+        spooling = [f"spool      {spool.spool.storage.uri}: {len(there)} of {schedule.n_blocks} blocks are there, the "
+                    f"others take {blocks * block_bytes / 1e9:.2f} GB of at most {spec.data.spool_gb:g}"]  # fmt: skip
     passes = blocks * spec.data.block_rows
     harvest_flops = 2.0 * model.n_parameters * passes * spec.data.context_size
     sae_flops = sum(6.0 * sae.n_products * spec.train.tokens for sae in trained)
@@ -426,12 +430,9 @@ def describe(
                 f"  wave {number}   {pack.hook_point}: {len(pack.saes)} SAEs, {pack.memory_bytes / 1e9:.2f} GB "
                 "(weights, gradients, optimiser, activations of a micro-batch)"
             )
-    block = memory_of_block(spec, model, packs)
     lines += [
-        f"stream     {block / 1e6:.0f} MB a block at all hook points together",
-        *([f"spool      {spool.spool.storage.uri}: {len(there)} of {schedule.n_blocks} blocks are there; the others take "
-           f"{blocks * block / 1e9:.2f} GB"] if spool is not None else
-          [f"spool      off: {len(rounds)} waves make every block {len(rounds)} times"] if len(rounds) > 1 else []),
+        f"stream     {block_bytes / 1e6:.0f} MB a block at all hook points together",
+        *spooling,
         f"forward    {passes:,} rows ({passes * spec.data.context_size:,} tokens) through the model for training; "
         f"report split {spec.data.report_tokens:,} tokens: one clean and one ablated pass a hook point, one an SAE",
         f"compute    {harvest_flops / 1e12:.2f} TFLOP harvesting, {sae_flops / 1e12:.2f} TFLOP training; about "

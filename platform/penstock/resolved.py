@@ -12,6 +12,7 @@ from penstock.identity import code_hash, content_id
 from penstock.models import ModelDescription
 from penstock.plan import PlannedSAE, plan_saes, stream_identity
 from penstock.spec import SweepSpec
+from penstock.spool import Spool, SpooledStream
 from penstock.storage import Storage
 from penstock.tokens import TokenStore
 
@@ -90,8 +91,32 @@ class ResolvedSweep:
     @property
     def calibration_folder(self) -> str:
         """Calibrations lie by what their block 0 was made from."""
+        return f"calibration/{self.stream_id}"
+
+    @cached_property
+    def stream_id(self) -> str:
+        """The address of the blocks: what fixes their bytes at any hook point."""
         model = [self.model.fingerprint, self.spec.model.dtype, self.spec.model.processing]
-        return f"calibration/{content_id([model, stream_identity(self.spec.data, self.store.train_id)])}"
+        return content_id([model, stream_identity(self.spec.data, self.store.train_id)])
+
+    def spool(self, n_waves: int) -> SpooledStream | None:
+        """Where the blocks are kept on disk: where the spec says, else in the storage if there is more than one wave, so
+        that no block is made twice."""
+        data = self.spec.data
+        if data.spool == "off" or (data.spool is None and n_waves < 2):
+            return None
+        storage = Storage(self.home.storage_uri(data.spool)) if data.spool else self.storage.at("spool")
+        return Spool(storage, int(data.spool_gb * 1e9)).stream(self.stream_id)
+
+    @property
+    def about_stream(self) -> dict[str, Any]:
+        """What the spool's listing says of the blocks."""
+        data, model = self.spec.data, self.spec.model
+        return {
+            "model": model.name, "dtype": model.dtype, "processing": model.processing, "dataset": data.label,
+            "context_size": data.context_size, "exclude": data.exclude.model_dump(), "seed": data.seed,
+            "block_tokens": data.block_tokens, "n_blocks": self.schedule.n_blocks, "tokens": self.store.id,
+        }  # fmt: skip
 
     def calibration_file(self, array: str) -> str:
         return f"{self.calibration_folder}/{array}.safetensors"
@@ -99,6 +124,16 @@ class ResolvedSweep:
     @property
     def attempt_file(self) -> str:
         return f"sweeps/{self.sweep_id}/attempt.json"
+
+    @property
+    def status_file(self) -> str:
+        """How the running sweep stands; its driver rewrites it every few seconds."""
+        return f"sweeps/{self.sweep_id}/status.json"
+
+    @property
+    def control_file(self) -> str:
+        """What the running sweep's driver is asked to do."""
+        return f"sweeps/{self.sweep_id}/control.json"
 
     @property
     def result_file(self) -> str:

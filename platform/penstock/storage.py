@@ -1,23 +1,38 @@
 """Where things are kept: one small interface over a local folder or object storage (`s3://`, `gs://`, ...).
 
-A file appears whole or not at all, on a disk as on object storage, and a folder counts only once its manifest, written
-last, is there with checksums that hold.
+A file appears whole or not at all, on a disk as on object storage, and a folder counts only once its manifest is there
+with checksums that hold.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from penstock.errors import CheckpointError, SweepError
 
 MANIFEST = "manifest.json"
+STAGING = "staging"
+STAGING_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a listing: its name below the storage's root, its size, and when it was written (Unix time)."""
+
+    name: str
+    bytes: int
+    written: float
 
 
 class Storage:
@@ -71,6 +86,31 @@ class Storage:
             with self._fs.open_output_stream(target, compression=None) as stream:
                 stream.write(data)
 
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream into a file that appears whole at the end of the `with` block, and not at all when that fails.
+
+        Unlike `write` it does not wait for the disk: a file is whole for every reader, yet not after a power cut.
+        """
+        target = self.path(name)
+        if self.is_local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                with pa.OSFile(temporary, "wb") as stream:
+                    yield stream
+                os.replace(temporary, target)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        else:
+            try:
+                with self._fs.open_output_stream(target, compression=None) as stream:
+                    yield stream
+            except BaseException:  # closing the stream has made an object of what it got so far
+                with contextlib.suppress(OSError):
+                    self.remove(name)
+                raise
+
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
@@ -81,6 +121,15 @@ class Storage:
         """The names directly below a folder, sorted; empty where there is no such folder."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self._fs.get_file_info(selector))
+
+    def files(self, folder: str) -> list[StoredFile]:
+        """All files below a folder, however deep; empty where there is no such folder."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+        return [
+            StoredFile(info.path.removeprefix(self._root).lstrip("/"), info.size, (info.mtime_ns or 0) / 1e9)
+            for info in self._fs.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        ]
 
     def delete(self, folder: str) -> None:
         """Delete a folder and what is in it; nothing where there is none."""
@@ -111,12 +160,47 @@ class Storage:
 
     # ---- folders that count only when whole ----
 
-    def commit_folder(self, folder: str, files: Mapping[str, bytes]) -> None:
-        """Write files, then their manifest: a reader sees all of them or no folder."""
-        for name, data in files.items():
-            self.write(f"{folder}/{name}", data)
+    def commit_folder(
+        self, folder: str, files: Mapping[str, bytes], guard: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write files with a manifest of their checksums: a reader sees all of them or no folder.
+
+        On a disk the folder is written elsewhere and moved to its place; on object storage its manifest comes last. A
+        folder that is there and whole stays as it is. `guard` keeps the folder from coming about by raising: it is
+        called first, and again when everything but the last step is done.
+        """
+        guard()
         sums = {name: hashlib.blake2b(data, digest_size=16).hexdigest() for name, data in files.items()}
-        self.write_json(f"{folder}/{MANIFEST}", sums)
+        staged = f"{STAGING}/{uuid.uuid4().hex}" if self.is_local else folder
+        try:
+            for name, data in files.items():
+                self.write(f"{staged}/{name}", data)
+            if self.is_local:
+                self.write_json(f"{staged}/{MANIFEST}", sums)
+                guard()
+                self._move_folder(staged, folder)
+            else:
+                guard()
+                self.write_json(f"{staged}/{MANIFEST}", sums)
+        finally:
+            if self.is_local:
+                self.delete(staged)
+
+    def _move_folder(self, staged: str, folder: str) -> None:
+        os.makedirs(os.path.dirname(self.path(folder)), exist_ok=True)
+        if self.exists(folder) and not self.is_committed(folder):
+            self.delete(folder)
+        try:
+            os.rename(self.path(staged), self.path(folder))
+        except OSError as error:  # somebody else's is there
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def clean_staging(self) -> None:
+        """Delete what writers that were killed have left behind."""
+        for info in self._fs.get_file_info(pafs.FileSelector(self.path(STAGING), allow_not_found=True)):
+            if time.time() - info.mtime.timestamp() > STAGING_SECONDS:
+                self.delete(f"{STAGING}/{info.base_name}")
 
     def is_committed(self, folder: str) -> bool:
         return self.exists(f"{folder}/{MANIFEST}")

@@ -10,8 +10,7 @@ import shlex
 import socket
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import SweepError, UserError
-from penstock.home import Home
+from penstock.fence import BEAT_SECONDS, Fence, Pulse, claim, release
+from penstock.fleet import Fleet
+from penstock.home import Home, remember
 from penstock.identity import code_hash
 from penstock.models import ModelDescription
 from penstock.plan import (
@@ -40,6 +41,7 @@ from penstock.storage import Storage
 from penstock.tokens import TokenStore, build_token_store
 
 if TYPE_CHECKING:
+    from penstock.actors import StreamConfig
     from penstock.trial import TrialJob, Trials
 
 STATUS_SECONDS = 10.0
@@ -75,7 +77,8 @@ def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_
 
 def _describe(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> str:
     n_done = len(sweep.saes) - sum(len(pack.saes) for pack in packs)
-    return describe(sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done)
+    spool = sweep.spool(len(waves(packs, slots)))
+    return describe(sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done, spool)
 
 
 def _this_machine() -> Cluster:
@@ -100,8 +103,12 @@ class Driver:
         self._started = started
         self._allow_code_change = allow_code_change
         self._seconds: dict[str, float] = {}
-        self._hosts: dict[str, Any] = {}
-        self._stream: Any = None
+        self._fleet = Fleet(spec, storage, self.say)
+        self._fence: Fence | None = None
+        self._pulse: Pulse | None = None
+        self._phase_now = "start"
+        self._stream_status: dict[str, Any] = {}
+        self._asked_at = 0.0
         self._own_ray = False
         self._tracker: Any = None
         self._tokens_at: dict[str, int] = {}
@@ -113,7 +120,7 @@ class Driver:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        begun = time.time()
+        begun, self._phase_now = time.time(), name
         try:
             yield
         finally:
@@ -142,11 +149,14 @@ class Driver:
 
     def close(self) -> None:
         """Stop what this driver started."""
-        if self._own_ray or self._hosts:
+        if self._pulse is not None:
+            self._pulse.stop()
+        if self._fence is not None:
+            release(self._fence)
+        if self._own_ray or self._fleet.hosts:
             import ray
 
-            for actor in [*self._hosts.values(), *([self._stream] if self._stream else [])]:
-                ray.kill(actor)
+            self._fleet.close()
             ray.shutdown()
 
     # ---- before training ----
@@ -166,14 +176,15 @@ class Driver:
             if not local and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
                 self._refuse_local_storage()
             slots = cluster.pack_slots(self.spec.resources)
-            self._start_hosts()
-            self.say(f"{len(self._hosts)} model host(s) booting")
+            self._fleet.scale(self.spec.resources.model_hosts)
+            self.say(f"{len(self._fleet.hosts)} model host(s) booting")
             built = store.result() if store else self._build_store(parallel_map=map_on_cluster)
         self.sweep = ResolvedSweep(self.spec, self.model, built, self.storage, self.home)
         self.left = self.sweep.left()
         self.packs = plan_packs(self.spec, self.left)
         self.slots = max(1, min(slots, len(self.packs)))
         block = max(1, memory_of_block(self.spec, self.model, self.packs))
+        self._spool = self.sweep.spool(len(waves(self.packs, self.slots)))
         self.window = int(min(max(store_bytes * WINDOW_SHARE // block, WINDOW_LIMITS[0]), WINDOW_LIMITS[1]))
         if self.left:
             text = _describe(self.sweep, self.packs, self.slots)
@@ -193,16 +204,6 @@ class Driver:
             "URI that every node reaches (s3://..., gs://...), or file:///... for a file system that all nodes mount"
         )
 
-    def _start_hosts(self) -> None:
-        from penstock.actors import NAMESPACE, HostActor, HostConfig
-
-        resources = self.spec.resources
-        config = HostConfig(self.spec.model, self.spec.data, self.storage, resources.host_threads, code_hash())
-        for index in range(resources.model_hosts):
-            name = f"host-{uuid.uuid4().hex[:12]}-{index}"
-            options = {"num_cpus": resources.cpus_per_host, "num_gpus": resources.gpus_per_host}
-            self._hosts[name] = HostActor.options(name=name, namespace=NAMESPACE, **options).remote(config)
-
     def _is_complete(self) -> bool:
         return not self.left and self.storage.exists(self.sweep.result_file) and self._is_tracked()
 
@@ -217,37 +218,32 @@ class Driver:
     # ---- training ----
 
     def _start_trials(self) -> "Trials":
-        import ray
-
-        from penstock.actors import NAMESPACE, StreamActor
         from penstock.trial import Trials
 
-        attempt_file = self.sweep.attempt_file
-        attempt = (self.storage.read_json(attempt_file)["attempt"] if self.storage.exists(attempt_file) else 0) + 1
         self._check_resumable()
+        sweep = self.sweep
+        config = self._stream_config()
+        if self._spool is not None:
+            self._spool.describe(sweep.about_stream)
+        self._fleet.start_stream(config)  # first: its name is the lock on this cluster
+        self._fence = claim(self.storage, sweep.attempt_file, sweep.status_file, self.say)
+        self.storage.remove(sweep.control_file)
+        self.storage.clean_staging()
         for sae in self.left:  # what failed before is tried again
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
-        jobs = {pack.pack_id: self._job(pack, attempt) for pack in self.packs}
-        config = self._stream_config(jobs)
-        try:
-            self._stream = StreamActor.options(name=f"sweep-{self.sweep.sweep_id}", namespace=NAMESPACE).remote(config)
-        except ValueError:
-            raise SweepError(
-                f"sweep {self.spec.name} ({self.sweep.sweep_id}) is running on this cluster already; accepted: wait "
-                "for it, or stop its job first"
-            ) from None
-        ray.get(self._stream.start.remote())
-        about = {"attempt": attempt, "machine": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
-        self.storage.write_json(attempt_file, about)
+        self._pulse = Pulse(self.storage, sweep.status_file, self._standing)
+        remember(self.home, self.spec.name, sweep.sweep_id, self.storage)
+        jobs = {pack.pack_id: self._job(pack) for pack in self.packs}
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
         again = f", {resumed} of them from checkpoints" if resumed else ""
-        self.say(f"sweep id {self.sweep.sweep_id}: {len(jobs)} pack(s) starting{again}")
-        return Trials(jobs, self._stream, self.slots, self.storage, f"{self.sweep.sweep_id}-{attempt}")
+        self.say(f"sweep id {sweep.sweep_id}: {len(jobs)} pack(s) starting{again}")
+        return Trials(jobs, self._fleet.stream, self.slots, self.storage, f"{sweep.sweep_id}-{self._fence.token[:8]}")
 
-    def _job(self, pack: PlannedPack, attempt: int) -> "TrialJob":
+    def _job(self, pack: PlannedPack) -> "TrialJob":
         from penstock.train import PackJob
         from penstock.trial import TrialJob
 
+        assert self._fence is not None
         training, resources = training_settings(self.spec.train), self.spec.resources
         work = PackJob(
             pack_id=pack.pack_id,
@@ -263,36 +259,42 @@ class Driver:
             threads=resources.pack_threads,
             saes_at_once=resources.saes_at_once,
             on_gpu=resources.gpus_per_pack > 0,
-            attempt=attempt,
-            attempt_file=self.sweep.attempt_file,
+            spool=self._spool,
             allow_code_change=self._allow_code_change,
             code=code_hash(),
         )
         return TrialJob(
             pack_id=pack.pack_id,
             sae_ids=tuple(sae.sae_id for sae in pack.saes),
+            arrays=pack.hook_points,
             steps=training.steps,
             storage=self.storage,
             cpus=resources.cpus_per_pack,
             gpus=resources.gpus_per_pack,
-            attempt=attempt,
+            fence=self._fence,
+            spool=self._spool,
             work=pickle.dumps(work),
         )
 
-    def _stream_config(self, jobs: Mapping[str, "TrialJob"]) -> Any:
-        from penstock.actors import StreamConfig
-        from penstock.trial import progress
+    def _stream_config(self) -> "StreamConfig":
+        from penstock.actors import Source, StreamConfig
+        from penstock.trial import steps_reached
 
         schedule = self.sweep.schedule
         last = schedule.steps - 1
         return StreamConfig(
-            tokens_id=self.sweep.store.id,
-            calibration_folder=self.sweep.calibration_folder,
+            name=self.sweep.sweep_id,
+            source=Source(self.sweep.store.id, self.sweep.calibration_folder, self._spool),
             n_blocks=schedule.n_blocks,
             window=self.window,
             waves=tuple({pack.pack_id: pack.hook_points for pack in wave} for wave in waves(self.packs, self.slots)),
-            cursors={name: schedule.locate(min(*progress(job), last))[0] for name, job in jobs.items()},
-            hosts=tuple(self._hosts),
+            cursors={
+                pack.pack_id: schedule.locate(
+                    min(last, *(steps_reached(self.storage, sae.sae_id, schedule.steps) for sae in pack.saes))
+                )[0]
+                for pack in self.packs
+            },
+            lease_seconds=self.spec.resources.lease_seconds,
             code=code_hash(),
         )
 
@@ -343,17 +345,16 @@ class Driver:
         self._open_tracker()
 
     def _collect(self) -> None:
-        import ray
-
-        try:
-            events, cost, fatal = ray.get(self._stream.collect.remote(), timeout=60)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return  # the stream is being restarted; what it lost stands in the checkpoints' histories
-        self._cost.update(cost)
-        if fatal:
-            raise SweepError(f"the sweep is given up: {fatal}")
+        found = self._fleet.collect()
+        if found is None:
+            return
+        self._cost.update(self._fleet.cost)
+        self._stream_status = found["status"]
+        self._heed()
+        if found["fatal"]:
+            raise SweepError(f"the sweep is given up: {found['fatal']}")
         rows: dict[str, list[dict[str, Any]]] = {}
-        for event in events:
+        for event in found["mail"]:
             if event["kind"] == "metrics":
                 rows.setdefault(event["sae_id"], []).append(event)
                 self._tokens_at[event["sae_id"]] = event["tokens"]
@@ -372,6 +373,45 @@ class Driver:
             self._open_tracker()
         for sae_id, new in rows.items():
             self._tracker.log_rows(sae_id, new)
+
+    def _heed(self) -> None:
+        """Do what `penstock scale` has asked for."""
+        if time.time() - self._asked_at < BEAT_SECONDS:
+            return
+        self._asked_at = time.time()
+        if not self.storage.exists(self.sweep.control_file):
+            return
+        wanted = self.storage.read_json(self.sweep.control_file)["model_hosts"]
+        self.storage.remove(self.sweep.control_file)
+        if wanted != len(self._fleet.hosts):
+            self.say(
+                f"model hosts: {len(self._fleet.hosts)} -> {wanted}; new ones join when the cluster has room for them and "
+                "they have loaded the model, others leave after the block at hand"
+            )
+            self._fleet.scale(wanted)
+
+    def _standing(self) -> dict[str, Any]:
+        """How the sweep stands, for `penstock status`."""
+        trained = sum(self._tokens_at.values())
+        return {
+            "name": self.spec.name,
+            "sweep_id": self.sweep.sweep_id,
+            "phase": self._phase_now,
+            "started": self._started,
+            "pid": os.getpid(),
+            "machine": socket.gethostname(),
+            "saes": len(self.sweep.saes),
+            "left": len(self.left),
+            "tokens": self._run_tokens,
+            "tokens_at": {
+                site.label: [self._tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.site == site]
+                for site in self.spec.sites
+            },
+            "packs": {pack.pack_id: [pack.hook_point, len(pack.saes)] for pack in self.packs},
+            "sae_tokens_per_second": trained / max(1e-9, time.time() - self._started - (self._first_step or 0.0)),
+            "cost": self._cost,
+            "stream": self._stream_status,
+        }
 
     def _show_progress(self) -> None:
         per_hook = []
@@ -392,7 +432,7 @@ class Driver:
     def _evaluate(self) -> None:
         from penstock.evaluation import evaluate_on_hosts
 
-        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, list(self._hosts.values()), self.say)
+        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, list(self._fleet.hosts.values()), self.say)
 
     def _finish(self) -> int:
         from penstock.results import SETTLED, publish

@@ -1,21 +1,27 @@
 """A pack's worker: resume, read blocks, train, checkpoint, export."""
 
+import traceback
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from penstock.activations import from_wire
 from penstock.batches import Schedule, batches, checkpoint_steps
 from penstock.consumer import StreamClient
-from penstock.errors import SweepError, UserError
+from penstock.errors import UserError
+from penstock.fence import Fence, FencedError
 from penstock.identity import check_code
-from penstock.pack import Pack, PackMember
+from penstock.memory import is_out_of_memory
+from penstock.pack import Pack, PackMember, PackOutOfMemoryError
+from penstock.spool import SpooledStream
 from penstock.storage import Storage
 from penstock.trial import PAUSE_SECONDS, has_ended
-from sae_core import Calibration, TrainingSettings
+from sae_core import Calibration, TrainingSettings, calibrate
 
 TAIL_TOKENS = 8192  # the last of the run, on which thresholds are calibrated when an SAE is exported
 
@@ -41,26 +47,37 @@ class PackJob:
     threads: int
     saes_at_once: int
     on_gpu: bool
-    attempt: int
-    attempt_file: str
+    spool: SpooledStream | None
     allow_code_change: bool
     code: str
 
+    def part(self, pack_id: str, sae_ids: Collection[str]) -> "PackJob":
+        """The job of some of the pack's SAEs, as a pack of their own."""
+        return replace(self, pack_id=pack_id, members=tuple(one for one in self.members if one.sae_id in sae_ids))
 
-def train_pack(job: PackJob, stream: Any) -> None:
-    """The whole life of a pack on its worker."""
-    client = StreamClient(stream, job.pack_id)
+
+def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
+    """The whole life of a pack on its worker; why it has to be split, where its SAEs do not fit together."""
+    client = StreamClient(stream, job.pack_id, job.hook_points, fence.run, job.spool)
     try:
         check_code(job.code)
-        _train(job, client)
+        _train(job, client, fence.check)
+    except FencedError:  # another one does this work now; there is nobody to tell
+        raise
     except UserError as error:  # trying again would not help: the driver ends the sweep
         client.emit({"kind": "fatal", "reason": str(error)})
+    except Exception as error:
+        alone = sum(not has_ended(job.storage, member.sae_id) for member in job.members) < 2
+        if alone or not (isinstance(error, PackOutOfMemoryError) or is_out_of_memory(error)):
+            raise
+        traceback.print_exception(error)
+        client.close()
+        return str(error)
     client.close()
+    return None
 
 
-def _train(job: PackJob, client: StreamClient) -> None:
-    from ray import train
-
+def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> None:
     torch.set_num_threads(job.threads)
     device = "cuda" if job.on_gpu and torch.cuda.is_available() else "cpu"
     left = [member for member in job.members if not has_ended(job.storage, member.sae_id)]
@@ -74,6 +91,7 @@ def _train(job: PackJob, client: StreamClient) -> None:
         saes_at_once=job.saes_at_once if device == "cpu" else 1,
         emit=client.emit,
         log=client.log,
+        guard=guard,
         allow_code_change=job.allow_code_change,
     )
     save_after = set(checkpoint_steps(job.training.steps, job.checkpoints))
@@ -83,25 +101,26 @@ def _train(job: PackJob, client: StreamClient) -> None:
         client.emit({"kind": "started", "pack_id": job.pack_id, "step": first_step})
         # The last block is read also where no step is left to make: its end is needed to export.
         first_block = job.schedule.locate(min(first_step, job.schedule.steps - 1))[0]
-        for block, arrays in client.blocks(first_block, job.schedule.n_blocks, job.hook_points):
+        for block, arrays in client.blocks(first_block, job.schedule.n_blocks):
             views = {name: from_wire(array, job.dtype) for name, array in arrays.items()}
+            del arrays
             length = len(next(iter(views.values())))
             for step, batch in batches(job.schedule, block, length, first_step):
                 inputs = {name: view[batch].to(device, torch.float32) for name, view in views.items()}
                 pack.step(step, inputs)
+                del inputs
+                client.about |= {"step": step + 1, "trained_tokens": pack.tokens_trained}
                 client.keep_alive()
                 if step + 1 in save_after:
                     client.flush(PAUSE_SECONDS)
-                    _check_attempt(job)
                     pack.checkpoint()
-                    train.report({"tokens": (step + 1) * job.training.batch_tokens})
             if block == job.schedule.n_blocks - 1:
                 tails = {name: view[last_tokens(job.schedule)].to(torch.float32, copy=True)
                          for name, view in views.items()}  # fmt: skip
             elif pack.next_step >= job.training.steps:  # every SAE was stopped
                 break
+            views.clear()
     client.flush(PAUSE_SECONDS)
-    _check_attempt(job)
     pack.finish(tails)
 
 
@@ -111,16 +130,14 @@ def last_tokens(schedule: Schedule) -> slice:
     return slice(max(0, end - TAIL_TOKENS), end)
 
 
-def _check_attempt(job: PackJob) -> None:
-    """Raise when a newer driver has taken the sweep over: a trial that outlived its own must not write any more."""
-    current = job.storage.read_json(job.attempt_file)["attempt"]
-    if current != job.attempt:
-        raise SweepError(f"pack {job.pack_id} belongs to attempt {job.attempt}, and attempt {current} has taken over")
-
-
 def _calibrations(job: PackJob, client: StreamClient) -> dict[str, Calibration]:
-    """The calibration of each array; a host stores it when it makes block 0, which is asked for if need be."""
+    """The calibration of each array. A host stores it when it makes block 0; where block 0 comes from a spool that
+    somebody else has filled, it is worked out here: the same numbers, from the same block."""
     names = {array: f"{job.calibration_folder}/{array}.safetensors" for array in job.hook_points}
     if not all(job.storage.exists(name) for name in names.values()):
-        client.wait_for(0)
+        first = client.block(0)
+        for array, name in names.items():
+            if not job.storage.exists(name):
+                calibration = calibrate(from_wire(first[array], job.dtype))
+                job.storage.write(name, save_tensors(calibration.to_tensors()))
     return {array: Calibration.from_tensors(load_tensors(job.storage.read(name))) for array, name in names.items()}

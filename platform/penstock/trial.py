@@ -8,15 +8,22 @@ worker needs travels pickled, and only the worker opens it.
 import logging
 import pickle
 import threading
+import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from penstock.consumer import StreamClient
+from penstock.fence import Fence
+from penstock.identity import content_id
+from penstock.spool import SpooledStream
 from penstock.storage import Storage
 
 TRIES_WITHOUT_PROGRESS = 3
+TRIAL_FAILURES = 100  # of the trial's own process; what it runs is counted by progress
 PAUSE_SECONDS = 600.0
 TRIAL_MEMORY = 512 * 2**20
 
@@ -27,57 +34,100 @@ class TrialJob:
 
     pack_id: str
     sae_ids: tuple[str, ...]
+    arrays: tuple[str, ...]
     steps: int
     storage: Storage
     cpus: float
     gpus: float
-    attempt: int
+    fence: Fence
+    spool: SpooledStream | None
     work: bytes
 
+    def part(self, sae_ids: Sequence[str]) -> "TrialJob":
+        """The job of some of the pack's SAEs."""
+        if tuple(sae_ids) == self.sae_ids:
+            return self
+        return replace(self, pack_id=content_id(list(sae_ids)), sae_ids=tuple(sae_ids))
 
-def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream: Any) -> None:
+
+def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream: Any) -> dict[str, Any]:
     """The Tune trial: run the pack's worker until it ends; give up after failures that bring no progress.
 
-    Failures are counted here and not by a lifetime limit of Ray Train, so that a long run may lose many workers.
+    Failures are counted here and not by a lifetime limit of Ray Train, so that a long run may lose many workers. Where
+    the SAEs do not fit one worker, or keep it from getting on, it returns why the pack has to be split; one that stands
+    alone is stopped and marked.
     """
     from ray import train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    job = jobs[config["pack"]]
+    job = jobs[config["pack"]].part(config["saes"])
+    folder = job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray"
     fruitless = 0
-    for run in range(10_000):
+    while True:
         before = progress(job)
+        fence = job.fence.of(job.pack_id, time.time_ns())
+        fence.close_to_others()
         trainer = DataParallelTrainer(
             run_worker,
-            train_loop_config={"work": job.work, "stream": stream},
+            train_loop_config={"job": job, "stream": stream, "fence": fence},
             scaling_config=train.ScalingConfig(
                 num_workers=1,
                 use_gpu=job.gpus > 0,
                 resources_per_worker={"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
             ),
             run_config=train.RunConfig(
-                storage_path=job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray",
-                name=f"{job.pack_id}-{job.attempt}-{run}",
+                storage_path=folder,
+                name=f"{job.pack_id}-{fence.run}",
                 failure_config=train.FailureConfig(max_failures=2),
             ),
         )
+        reason = None
         try:
             trainer.fit()
-            return
+            if not job.storage.exists(_split_file(fence)):
+                return {}
+            reason = job.storage.read_json(_split_file(fence))["reason"]
         except Exception as error:  # the border of one pack
+            failure = error
+        client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
+        if reason is None:
             fruitless = 0 if progress(job) > before else fruitless + 1
-            client = StreamClient(stream, job.pack_id)
-            client.log(f"its worker failed ({error}), {fruitless} time(s) without progress")
+            client.log(f"its worker failed ({failure}), {fruitless} time(s) without progress")
             client.flush(PAUSE_SECONDS)
-            if fruitless >= TRIES_WITHOUT_PROGRESS:
-                raise
+            if _ran_out_of_memory(failure):
+                reason = "the node ran out of memory"
+            elif fruitless < TRIES_WITHOUT_PROGRESS:
+                continue
+            else:
+                reason = f"its worker failed {fruitless} times without progress, the last time of: {failure}"
+        left = [sae_id for sae_id in job.sae_ids if not has_ended(job.storage, sae_id)]
+        if len(left) > 1:
+            client.log(f"{reason}; its {len(left)} SAEs go on in two packs")
+        for sae_id in left if len(left) == 1 else []:
+            client.log(f"SAE {sae_id} failed: {reason}")
+            record = {"status": "failed", "reason": reason, "step": progress(job.part([sae_id]))[0], "history": []}
+            job.storage.write_json(f"saes/{sae_id}/stopped.json", record)
+        client.close()
+        return {"split": left} if len(left) > 1 else {}
 
 
 def run_worker(config: Mapping[str, Any]) -> None:
     """What Ray Train runs on the pack's worker."""
     from penstock.train import train_pack
 
-    train_pack(pickle.loads(config["work"]), config["stream"])
+    job, fence = config["job"], config["fence"]
+    reason = train_pack(pickle.loads(job.work).part(job.pack_id, job.sae_ids), config["stream"], fence)
+    if reason is not None:
+        job.storage.write_json(_split_file(fence), {"reason": reason})
+
+
+def _split_file(fence: Fence) -> str:
+    return fence.run_file.replace(".json", f"-{fence.run}-split.json")
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether Ray's memory monitor has ended the worker."""
+    return "OutOfMemoryError" in str(error) or "running low on memory" in str(error)
 
 
 def has_ended(storage: Storage, sae_id: str) -> bool:
@@ -86,16 +136,17 @@ def has_ended(storage: Storage, sae_id: str) -> bool:
     return storage.is_committed(f"{folder}/final") or storage.exists(f"{folder}/stopped.json")
 
 
+def steps_reached(storage: Storage, sae_id: str, steps: int) -> int:
+    """The step that an SAE has safely reached, by what is in storage; all of them where nothing more is to be done."""
+    if has_ended(storage, sae_id):
+        return steps
+    names = storage.names(f"saes/{sae_id}/checkpoints")
+    return int(names[-1].removeprefix("step-")) if names else 0
+
+
 def progress(job: TrialJob) -> tuple[int, ...]:
-    """The step that each SAE of the pack has safely reached, by what is in storage."""
-    reached = []
-    for sae_id in job.sae_ids:
-        if has_ended(job.storage, sae_id):
-            reached.append(job.steps)
-        else:
-            names = job.storage.names(f"saes/{sae_id}/checkpoints")
-            reached.append(int(names[-1].removeprefix("step-")) if names else 0)
-    return tuple(reached)
+    """The step that each SAE of the pack has safely reached."""
+    return tuple(steps_reached(job.storage, sae_id, job.steps) for sae_id in job.sae_ids)
 
 
 class Trials:
@@ -139,12 +190,15 @@ class Trials:
             )
             results = tune.Tuner(
                 trainable,
-                param_space={"pack": tune.grid_search(list(jobs))},
-                tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+                tune_config=tune.TuneConfig(
+                    search_alg=pack_queue([(name, job.sae_ids) for name, job in jobs.items()]),
+                    max_concurrent_trials=slots,
+                    num_samples=-1,  # until the queue says that it is over
+                ),
                 run_config=tune.RunConfig(
                     name=f"tune-{name}",
                     storage_path=storage.path("ray") if storage.is_local else f"{storage.uri}/ray",
-                    failure_config=tune.FailureConfig(max_failures=3),
+                    failure_config=tune.FailureConfig(max_failures=TRIAL_FAILURES),
                     callbacks=[Silent()],
                     verbose=0,
                 ),
@@ -153,3 +207,39 @@ class Trials:
                 traceback.print_exception(error)
         except BaseException as error:  # carried over to the driver's thread
             self._error = error
+
+
+def pack_queue(packs: Iterable[tuple[str, tuple[str, ...]]]) -> Any:
+    """A search algorithm of Tune that proposes packs, in order, and the halves of those that had to be split."""
+    from ray.tune.search import Searcher
+
+    class PackQueue(Searcher):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waiting = deque(packs)
+            self.running: dict[str, str] = {}  # trial -> name of its job
+
+        def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+            return True
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+            if not self.waiting:
+                return None if self.running else Searcher.FINISHED
+            self.running[trial_id], sae_ids = self.waiting.popleft()
+            return {"pack": self.running[trial_id], "saes": sae_ids}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            name = self.running.pop(trial_id, None)
+            left = (result or {}).get("split")
+            if name is not None and left:
+                middle = (len(left) + 1) // 2
+                self.waiting.extend([(name, tuple(left[:middle])), (name, tuple(left[middle:]))])
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing is kept: a restarted driver begins anew, with what storage says is left."""
+            Path(checkpoint_path).touch()  # Tune moves the file to its place
+
+        def restore(self, checkpoint_path: str) -> None:
+            pass
+
+    return PackQueue()

@@ -1,0 +1,92 @@
+"""The model hosts and the stream of one sweep, as its driver holds them. Nobody else creates or ends them."""
+
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from penstock.errors import SweepError
+from penstock.identity import code_hash
+from penstock.spec import SweepSpec
+from penstock.storage import Storage
+
+if TYPE_CHECKING:
+    from penstock.actors import StreamConfig
+
+CALL_SECONDS = 60.0
+
+
+class Fleet:
+    """Model hosts, from the start; a stream, once there is something to harvest."""
+
+    def __init__(self, spec: SweepSpec, storage: Storage, say: Callable[[str], None]) -> None:
+        self.hosts: dict[str, Any] = {}
+        self.stream: Any = None
+        self.cost: dict[str, float] = {}
+        self._spec, self._storage, self._say = spec, storage, say
+        self._leaving: dict[str, Any] = {}
+        self._incarnation: int | None = None
+        self._before_restart: dict[str, float] = {}
+
+    def scale(self, n_hosts: int) -> None:
+        """Have so many model hosts: new ones join when they have loaded the model, others leave after the block at
+        hand."""
+        from penstock.actors import NAMESPACE, HostActor, HostConfig
+
+        resources = self._spec.resources
+        config = HostConfig(self._spec.model, self._spec.data, self._storage, resources.host_threads, code_hash())
+        options = {"num_cpus": resources.cpus_per_host, "num_gpus": resources.gpus_per_host}
+        while len(self.hosts) < n_hosts:
+            name = f"host-{uuid.uuid4().hex[:8]}"
+            self.hosts[name] = HostActor.options(name=name, namespace=NAMESPACE, **options).remote(config)
+        for name in list(self.hosts)[n_hosts:]:
+            self._leaving[name] = self.hosts.pop(name)
+        if self.stream is not None:
+            self._tell_hosts()
+
+    def start_stream(self, config: "StreamConfig") -> None:
+        """Raises `SweepError` when this cluster has a stream of that name already."""
+        from penstock.actors import NAMESPACE, StreamActor
+
+        try:
+            self.stream = StreamActor.options(name=f"stream-{config.name}", namespace=NAMESPACE).remote(config)
+        except ValueError:
+            raise SweepError(
+                f"sweep {config.name} is running on this cluster already; accepted: wait for it, or stop its job first"
+            ) from None
+        self._tell_hosts()
+
+    def collect(self) -> dict[str, Any] | None:
+        """What the stream has for the driver (see `Stream.collect`); None while it is being restarted: what it lost of
+        the packs' reports stands in their checkpoints."""
+        import ray
+
+        try:
+            found = ray.get(self.stream.collect.remote(), timeout=CALL_SECONDS)
+            if found["incarnation"] != self._incarnation:
+                if self._incarnation is not None:
+                    self._say("the stream was restarted; packs attach again and go on where they stand")
+                    self._before_restart = dict(self.cost)
+                self._incarnation = found["incarnation"]
+                self._tell_hosts()
+            elif self._leaving:
+                self._tell_hosts()
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return None
+        self.cost = {name: value + self._before_restart.get(name, 0.0) for name, value in found["cost"].items()}
+        return found
+
+    def close(self) -> None:
+        """End them all."""
+        import ray
+
+        for actor in [*self.hosts.values(), *self._leaving.values(), *([self.stream] if self.stream else [])]:
+            ray.kill(actor)
+
+    def _tell_hosts(self) -> None:
+        """Tell the stream which hosts there are, and end those that have left it."""
+        import ray
+
+        left = ray.get(self.stream.set_hosts.remote(list(self.hosts)), timeout=CALL_SECONDS)
+        for name in [name for name in self._leaving if name in left]:
+            ray.kill(self._leaving.pop(name))
+            self._say(f"model host {name} has left")
