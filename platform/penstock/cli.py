@@ -1,4 +1,4 @@
-"""The command line: `penstock plan | run | submit | list | front | pull | report | ui`.
+"""The command line: `penstock plan | run | submit | list | front | pull | report | ui | spool`.
 
 What a user can cause ends in one message on stderr and exit status 2; Ctrl-C in 130. Nothing heavy (MLflow, torch, Ray)
 is imported before the command that needs it runs.
@@ -6,6 +6,7 @@ is imported before the command that needs it runs.
 
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from penstock.home import Home
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from penstock.spool import Spool, StreamInfo
 
 JSON_KEYS = ("sae_id", "hook_point", "architecture", "d_sae", "prefix", "l0", "ce_recovered", "kl_recovered",
              "explained_variance", "dead_fraction", "on_front", "status", "run_id")  # fmt: skip
@@ -62,9 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    def command(name: str, run: Callable[[argparse.Namespace, Home], int], summary: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace, Home], int], summary: str, under: Any = commands
+    ) -> argparse.ArgumentParser:
         sentence = f"{summary[0].upper()}{summary[1:]}."
-        added = commands.add_parser(name, parents=[common], help=summary, description=sentence)
+        added: argparse.ArgumentParser = under.add_parser(name, parents=[common], help=summary, description=sentence)
         added.set_defaults(command=run)
         return added
 
@@ -106,6 +111,23 @@ def _parser() -> argparse.ArgumentParser:
 
     ui = command("ui", _ui, "serve the MLflow UI on this machine until Ctrl-C")
     ui.add_argument("--port", metavar="N", type=int, help="the port; a free one unless given")
+
+    spool = commands.add_parser(
+        "spool", parents=[common], help="list or remove the activations kept on disk",
+        description="List or remove the activations kept on disk, which spare a second sweep the forward passes.",
+    )  # fmt: skip
+    actions = spool.add_subparsers(required=True, metavar="ACTION", title="actions")
+    spooled = command("list", _spool_list, "list the streams of activations in a spool", actions)
+    prune = command("prune", _spool_prune, "remove streams of activations, the least recently used first", actions)
+    for action in (spooled, prune):
+        action.add_argument("folder", metavar="DIR", nargs="?", help="the spool; the home's unless given")
+    which = prune.add_mutually_exclusive_group()
+    which.add_argument("--keep", metavar="GB", type=_amount, default=0.0, help="remove no more once this much is left")
+    which.add_argument("--stream", metavar="ID", help="remove only this stream: an id or the beginning of one")
+    prune.add_argument(
+        "--older-than", metavar="DAYS", type=_amount, default=0.0, help="remove only what was not used for this long"
+    )
+    prune.add_argument("--yes", action="store_true", help="remove; without it, only say what would go")
     return parser
 
 
@@ -126,6 +148,13 @@ def _band(text: str) -> tuple[float, float]:
         return parse_band(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _amount(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"accepted is a number of 0 or more, not {text!r}")
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -245,6 +274,74 @@ def _ui(arguments: argparse.Namespace, home: Home) -> int:
         print(f"MLflow UI: http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
         status = server.wait()
         raise SweepError(f"the MLflow server ended by itself with status {status}: {_tail(log)}")
+
+
+# ---- the spool ------------------------------------------------------------------------------------------------------
+
+
+def _open_spool(folder: str | None, home: Home) -> "Spool":
+    """The spool of DIR, which has to be there."""
+    from penstock.spool import Spool, SpoolError
+    from penstock.storage import Storage
+
+    spool = Spool(Storage(home.storage_uri(folder) if folder else f"{home.storage_uri(None)}/spool"))
+    try:
+        if spool.storage.exists(""):
+            return spool
+    except OSError as error:
+        raise SpoolError(f"spool {spool.place!r} cannot be looked at: {error}") from None
+    hint = "" if folder else "; no sweep of this home has kept activations"
+    raise SpoolError(f"spool {spool.place!r} is no such folder{hint}; accepted: the folder or URI of a spool")
+
+
+def _spool_list(arguments: argparse.Namespace, home: Home) -> int:
+    spool = _open_spool(arguments.folder, home)
+    streams = spool.streams()
+    if streams:
+        print(_stream_table(streams) + "\n")
+    print(f"{_stream_total(streams)} in {spool.place}")
+    return 0
+
+
+def _spool_prune(arguments: argparse.Namespace, home: Home) -> int:
+    spool = _open_spool(arguments.folder, home)
+    keep = []
+    if arguments.stream is not None:
+        found = [info.id for info in spool.streams()]
+        named = [stream_id for stream_id in found if arguments.stream and stream_id.startswith(arguments.stream)]
+        if len(named) != 1:
+            kept = ", ".join(found) or "no streams"
+            raise SweepError(f"--stream {arguments.stream!r} names {len(named)} streams of {spool.place!r}; "
+                             f"accepted: the beginning of one; it holds {kept}")  # fmt: skip
+        keep = [stream_id for stream_id in found if stream_id not in named]
+    remove = spool.prune if arguments.yes else spool.removable
+    doomed = remove(int(arguments.keep * 1e9), keep=keep, unused_seconds=arguments.older_than * 86400)
+    if doomed:
+        print(_stream_table(doomed) + "\n")
+    print(f"{_stream_total(doomed)} {'removed' if arguments.yes else 'would be removed'} from {spool.place}")
+    if doomed and not arguments.yes:
+        print("nothing is removed yet: the same command with --yes removes them")
+    return 0
+
+
+def _stream_table(streams: Sequence["StreamInfo"]) -> str:
+    header = ["stream", "model", "dataset", "hook points", "blocks", "size", "last used"]
+    rows = [
+        [info.id, str(info.about.get("model", "-")), str(info.about.get("dataset", "-")), ", ".join(info.arrays),
+         str(info.blocks), _size(info.bytes),
+         f"{datetime.datetime.fromtimestamp(info.used, datetime.UTC):%Y-%m-%d %H:%M} UTC"]
+        for info in streams
+    ]  # fmt: skip
+    return text_table(header, rows, right={"blocks", "size"})
+
+
+def _stream_total(streams: Sequence["StreamInfo"]) -> str:
+    count = len(streams)
+    return f"{count} stream{'s' * (count != 1)}, {_size(sum(info.bytes for info in streams))}"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 # ---- the MLflow server ----------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def test_pull_says_what_it_took_and_how_to_load_it(capsys, tmp_path):
         (["ui", "--home", "never-made"], "holds no sweeps yet"),
         (["plan", "no-such.yaml"], "no-such.yaml"),
         (["run", "no-such.yaml"], "no-such.yaml"),
+        (["spool", "list"], "no sweep of this home has kept activations"),
+        (["spool", "prune", "no-such", "--yes"], "no-such' is no such folder; accepted: the folder or URI of a spool"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_message_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -107,7 +109,9 @@ def test_a_band_that_is_none_is_refused(band, capsys):
     assert f"an L0 band is LO:HI with LO at most HI (50:200), not '{band}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["fornt"], ["front"], ["submit", "x.yaml"], ["pull", "demo", "--to", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["fornt"], ["front"], ["submit", "x.yaml"], ["pull", "demo", "--to", "x"],
+                                       ["spool"], ["spool", "prune", "--keep", "nan"],
+                                       ["spool", "prune", "--keep", "1", "--stream", "a"]])  # fmt: skip
 def test_a_wrong_command_exits_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -139,7 +143,7 @@ def test_help_and_errors_import_nothing_heavy():
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print(*sys.modules)"
     )
-    for arguments in (["--help"], ["front", "--help"], ["list", "--home", "s3://x"], ["front"]):
+    for arguments in (["--help"], ["front", "--help"], ["list", "--home", "s3://x"], ["front"], ["spool", "list", "."]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert not {"mlflow", "torch", "ray", "pandas", "transformers"} & set(done.stdout.split())
 
