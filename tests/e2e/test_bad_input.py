@@ -250,6 +250,56 @@ def test_too_few_tokens_are_counted_before_anything_starts(old, new, parts, tmp_
     refused_by_plan_and_run(capsys, spec, *parts)
 
 
+MIXTURES = [  # the entries, from line 5 on, and what follows them
+    ([], "", ["line 4", "`data.mixture` is []", "one or more"]),
+    (["{dataset: demo, wieght: 3}"], "", ["line 5", "unknown key `data.mixture.0.wieght`", "did you mean `weight`?"]),
+    (["{dataset: demo, lr: 3}"], "", ["line 5", "`data.mixture.0.lr`", "accepted here: dataset, weight, subset, hub_"]),
+    (["{dataset: demo}", "{weight: 3}"], "", ["line 6", "`data.mixture.1.dataset` is missing"]),
+    (["{dataset: demo, weight: 0}"], "", ["line 5", "`data.mixture.0.weight` is 0", "greater than 0"]),
+    (["{dataset: demo, weight: most}"], "", ["line 5", "`data.mixture.0.weight` is 'most'", "number"]),
+    (["{dataset: demo}", "{dataset: demo, weight: 3}"], "", ["line 6", "mixture[1] is mixture[0] once more", "'demo'"]),
+    (["{dataset: demo}"], "dataset: demo", ["line 4", "data: mixture and dataset are both given", "one of them"]),
+    (["{dataset: demo}"], "epochs: 0", ["line 6", "`data.epochs` is 0", "greater than 0"]),
+    (["{dataset: demo, tokens_column: ids}"], "", ["line 5: data.mixture[0].tokens_column 'ids'", "no columns"]),
+    (
+        ["{dataset: demo}", "{dataset: ./nowhere}"], "",
+        ["line 6: data.mixture[1].dataset './nowhere'", "no such", "accepted: `demo`, a file or folder"],
+    ),
+    (
+        ["{dataset: demo}", "{dataset: FOLDER/other.parquet}"], "",
+        ["line 6: data.mixture[1].dataset: ", "has no column 'text'", "'body'", "data.mixture[1].text_column"],
+    ),
+    (
+        ["{dataset: demo, weight: 3}", "{dataset: FOLDER/small.parquet}"], "",
+        ["line 6: data.mixture[1].dataset", "(weight 1 of 4) has too few rows for data.report_tokens 2000",
+         "its report split", "accepted: fewer tokens, a smaller weight or a larger dataset"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("entries", "more", "parts"), MIXTURES)
+def test_a_mixture_that_will_not_do_is_refused_with_its_line(entries, more, parts, tmp_path, capsys):
+    parquet(body=TEXTS)(tmp_path / "other.parquet")
+    parquet(text=TEXTS[:5])(tmp_path / "small.parquet")
+    lines = [f"    - {entry.replace('FOLDER', str(tmp_path))}" for entry in entries]
+    mixture = "\n".join(["data:", "  mixture:" if lines else "  mixture: []", *lines, *([f"  {more}"] if more else [])])
+    rest = "\n  search_tokens: 2k\n  report_tokens: 2k\n  block_tokens: 8k"
+    old = next(line for line in GOOD.splitlines() if line.startswith("data:"))
+    refused_by_plan_and_run(capsys, write_spec(tmp_path, (old, mixture + rest)), "sweep.yaml, ", *parts)
+
+
+def test_epochs_that_would_be_enough_are_named_and_are_enough(tmp_path, capsys):
+    parquet(text=[text + str(index) for index in range(5) for text in TEXTS])(tmp_path / "small.parquet")
+    changes = [("dataset: demo", f"dataset: {tmp_path / 'small.parquet'}"), ("tokens: 16k,", "tokens: 1M,")]
+    message = refused(capsys, ["plan", write_spec(tmp_path, *changes)], "line 5: train.tokens 1000000")
+    enough = int(message.split("; accepted: data.epochs: ")[1].split(",")[0])
+    assert enough > 2
+    spec = write_spec(tmp_path, *changes, ("search_tokens", f"epochs: {enough - 1}, search_tokens"))
+    refused_by_plan_and_run(capsys, spec, f"data.epochs {enough - 1}: ", f"accepted: data.epochs: {enough}, fewer")
+    spec = write_spec(tmp_path, *changes, ("search_tokens", f"epochs: {enough}, search_tokens"))
+    assert main(["plan", str(spec)]) == 0
+
+
 # ---- where things are kept ------------------------------------------------------------------------------------------
 
 
