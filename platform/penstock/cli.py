@@ -1,4 +1,4 @@
-"""The command line: `penstock plan | run | submit | list | front | pull | report | ui | spool`.
+"""The command line: `penstock plan | run | submit | status | scale | list | front | pull | report | ui | spool`.
 
 What a user can cause ends in one message on stderr and exit status 2; Ctrl-C in 130. Nothing heavy (MLflow, torch, Ray)
 is imported before the command that needs it runs.
@@ -88,6 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--follow", action="store_true", help="show the job's log and end with its exit status")
     _add_code_change(submit)
 
+    status = command("status", _status, "say how a running sweep stands, by its name or id")
+    status.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    status.add_argument("--follow", action="store_true", help="show it again every 2 s until the sweep has ended")
+    status.add_argument("--json", action="store_true", help="print one object; with --follow one on a line each time")
+
+    scale = command("scale", _scale, "have a running sweep use more or fewer model hosts")
+    scale.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    scale.add_argument("--model-hosts", metavar="N", type=_count, required=True, help="so many model hosts, 1 or more")
+
     command("list", _list, "list the sweeps there are")
 
     front = command("front", _front, "show a sweep's SAEs and its Pareto front")
@@ -150,6 +159,12 @@ def _band(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _count(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"accepted is a whole number of 1 or more, not {text!r}")
+
+
 def _amount(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:
@@ -209,6 +224,20 @@ def _submit(arguments: argparse.Namespace, home: Home) -> int:
 
     change = arguments.allow_code_change
     return submit(arguments.spec, home, arguments.address, arguments.follow, allow_code_change=change)
+
+
+def _status(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.status import show
+
+    show(home, arguments.sweep, follow=arguments.follow, as_json=arguments.json)
+    return 0
+
+
+def _scale(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.status import ask_for_hosts
+
+    print(ask_for_hosts(home, arguments.sweep, arguments.model_hosts))
+    return 0
 
 
 def _list(arguments: argparse.Namespace, home: Home) -> int:
