@@ -160,11 +160,6 @@ class DataSpec(_Section):
         if self.mixture is not None and alone:
             raise ValueError(f"mixture and {sorted(alone)[0]} are both given; accepted: one of them, and in each entry "
                              "of a mixture its own dataset, subset, hub_split, text_column, tokens_column")  # fmt: skip
-        named = [source.model_dump(exclude={"weight"}) for source in self.sources]
-        for index, name in enumerate(named):
-            if name in named[:index]:
-                raise ValueError(f"mixture[{index}] is mixture[{named.index(name)}] once more, dataset "
-                                 f"{name['dataset']!r}; accepted: each once, with the weight of both")  # fmt: skip
         if self.exclude.first_positions >= self.context_size:
             raise ValueError(f"exclude.first_positions {self.exclude.first_positions} leaves nothing of a row of "
                              f"context_size {self.context_size}")  # fmt: skip

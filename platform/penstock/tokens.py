@@ -17,6 +17,7 @@ that dataset. A source with fewer train rows than its share gives them once more
 `data.epochs` times; as the rows do not depend on that limit, no address does.
 """
 
+import itertools
 import json
 import math
 import os
@@ -226,14 +227,19 @@ def row_generator(seed: int, *key: int) -> np.random.Generator:
 
 
 class _Mixture:
-    """The sources, and how many of any number of rows are whose."""
+    """The sources, in an order that their content decides, and how many of any number of rows are whose. Raises
+    `DataError` for two with the same documents."""
 
     def __init__(self, data: DataSpec, corpora: Sequence[Corpus]) -> None:
         total = math.fsum(source.weight for source in data.sources)
         shares = [max(1, round(_SHARES * source.weight / total)) for source in data.sources]
         sources = list(zip(corpora, shares, strict=True))
         if len(sources) > 1:
-            sources.sort(key=lambda source: (source[0].identity, source[1]))
+            sources.sort(key=lambda source: source[0].identity)
+        for (first, _), (second, _) in itertools.pairwise(sources):
+            if first.identity == second.identity:
+                raise DataError(f"{second.source.field()} has the documents of {first.source.field()}; accepted: each "
+                                "dataset once, with the weight of both")  # fmt: skip
         self.corpora, self._shares = zip(*sources, strict=True)
 
     @property

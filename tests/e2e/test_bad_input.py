@@ -257,7 +257,7 @@ MIXTURES = [  # the entries, from line 5 on, and what follows them
     (["{dataset: demo}", "{weight: 3}"], "", ["line 6", "`data.mixture.1.dataset` is missing"]),
     (["{dataset: demo, weight: 0}"], "", ["line 5", "`data.mixture.0.weight` is 0", "greater than 0"]),
     (["{dataset: demo, weight: most}"], "", ["line 5", "`data.mixture.0.weight` is 'most'", "number"]),
-    (["{dataset: demo}", "{dataset: demo, weight: 3}"], "", ["line 6", "mixture[1] is mixture[0] once more", "'demo'"]),
+    (["{dataset: demo}", "{dataset: demo, weight: 3}"], "", ["line 6", "has the documents of data.mixture[0]"]),
     (["{dataset: demo}"], "dataset: demo", ["line 4", "data: mixture and dataset are both given", "one of them"]),
     (["{dataset: demo}"], "epochs: 0", ["line 6", "`data.epochs` is 0", "greater than 0"]),
     (["{dataset: demo, tokens_column: ids}"], "", ["line 5: data.mixture[0].tokens_column 'ids'", "no columns"]),

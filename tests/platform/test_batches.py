@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from penstock.batches import Schedule, batches, checkpoint_steps
 from penstock.errors import DataError
@@ -46,3 +48,63 @@ def test_checkpoints_are_spread_over_the_run_and_leave_out_its_end():
     assert checkpoint_steps(100, 3) == [25, 50, 75]
     assert checkpoint_steps(2, 5) == [1]
     assert checkpoint_steps(100, 0) == []
+
+
+@st.composite
+def schedules(draw) -> Schedule:
+    """Any blocks, of which some hold no batch, and any number of steps that lie in them."""
+    batch_tokens = draw(st.integers(1, 50))
+    kept = draw(st.lists(st.integers(0, 300), min_size=1, max_size=12))
+    there = sum(tokens // batch_tokens for tokens in kept)
+    if not there:
+        kept.append(batch_tokens)
+    return Schedule(tuple(kept), batch_tokens, draw(st.integers(1, max(1, there))))
+
+
+def all_batches(schedule: Schedule, from_step: int = 0) -> list[tuple[int, int, slice]]:
+    """(block, step, slice) in the order in which the blocks come."""
+    return [
+        (block, step, place)
+        for block, length in enumerate(schedule.kept_per_block)
+        for step, place in batches(schedule, block, length, from_step)
+    ]
+
+
+@settings(deadline=None)
+@given(schedules())
+def test_whatever_the_blocks_every_step_comes_once_and_where_it_is_located(schedule):
+    found = all_batches(schedule)
+    assert [step for _, step, _ in found] == list(range(schedule.steps))
+    for block, step, place in found:
+        assert schedule.locate(step) == (block, place.start)
+        assert step in schedule.steps_of(block) and schedule.first_step(block) <= step
+        assert place.stop - place.start == schedule.batch_tokens and place.stop <= schedule.kept_per_block[block]
+    assert schedule.n_blocks == found[-1][0] + 1
+    assert all(not schedule.steps_of(block) for block in range(schedule.n_blocks, len(schedule.kept_per_block)))
+
+
+@settings(deadline=None)
+@given(schedules(), st.data())
+def test_resuming_at_any_step_gives_what_is_left_and_nothing_else(schedule, data):
+    step = data.draw(st.integers(0, schedule.steps))
+    assert all_batches(schedule, step) == all_batches(schedule)[step:]
+
+
+@settings(deadline=None)
+@given(schedules())
+def test_of_a_block_that_is_used_to_its_end_less_than_a_batch_is_dropped(schedule):
+    used = [0] * len(schedule.kept_per_block)
+    for block, _, place in all_batches(schedule):
+        assert place.start == used[block]  # batches follow one another without a gap
+        used[block] = place.stop
+    for block in range(schedule.n_blocks - 1):
+        assert 0 <= schedule.kept_per_block[block] - used[block] < schedule.batch_tokens
+
+
+@settings(deadline=None)
+@given(schedules())
+def test_one_step_more_than_the_blocks_hold_is_refused(schedule):
+    there = sum(tokens // schedule.batch_tokens for tokens in schedule.kept_per_block)
+    assert Schedule(schedule.kept_per_block, schedule.batch_tokens, there).steps == there
+    with pytest.raises(DataError, match=f"holds {there} "):
+        Schedule(schedule.kept_per_block, schedule.batch_tokens, there + 1)

@@ -371,6 +371,13 @@ def test_ids_of_a_source_are_checked_beside_texts(tmp_path, folder, model, stora
         build_token_store(data, model, TRAIN, storage)
 
 
+def test_a_dataset_that_stands_twice_is_refused(tmp_path, folder, model):
+    (tmp_path / "copy.jsonl").write_bytes((folder / "articles.jsonl").read_bytes())
+    data = DataSpec(mixture=[source(folder, "articles"), source(folder, "code"), source(tmp_path, "copy")], **SIZES)
+    with pytest.raises(DataError, match=r"mixture\[2\].dataset .*copy.* has the documents of data.mixture\[0\]"):
+        check_data(data, model, TRAIN, VOCAB)
+
+
 def test_progress_names_the_mixture(folder, model, storage):
     messages = []
     data = mixture(folder, articles=3, code=1)
