@@ -10,6 +10,7 @@ import pytest
 import penstock.tokens
 from penstock import corpus as corpora
 from penstock.errors import DataError
+from penstock.plan import read_sweep
 from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.splits import SPLITS, document_hash, split_of
 from penstock.storage import Storage
@@ -303,6 +304,9 @@ def test_too_few_rows_say_how_many_epochs_are_enough(data, folder, model, storag
     assert enough > 2
     with pytest.raises(DataError, match=f"data.epochs: {enough}, fewer tokens"):
         build_token_store(spec(enough - 1), model, LONG, storage)
+    if data == "alone":
+        with pytest.raises(DataError, match=f"data.epochs: {enough}, fewer tokens"):
+            check_data(spec(enough - 1), model, LONG, VOCAB)
     check_data(spec(enough), model, LONG, VOCAB)
     store = build_token_store(spec(enough), model, LONG, storage)
     assert enough - 1 < store.epochs <= enough
@@ -322,6 +326,23 @@ def test_search_and_report_rows_are_used_once(folder, model, storage):
         with pytest.raises(DataError, match=f"data.{split}_tokens 100000 .*: fewer tokens or a larger") as error:
             build_token_store(data, model, TRAIN, storage)
         assert "epochs" not in str(error.value)
+
+
+# ---- from a spec file -----------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_mixture_are_found_from_other_working_directories(tmp_path, folder, monkeypatch):
+    spec_file = tmp_path / "sweep.yaml"
+    spec_file.write_text(
+        "name: tiny\nhook_points: [blocks.1.hook_resid_post]\ntrain: {tokens: 4k, batch_tokens: 512}\n"
+        "saes:\n  - {architecture: topk, d_sae: 4x, k: 4}\n"
+        "data:\n  mixture:\n    - {dataset: demo, weight: 100}\n    - {dataset: ./articles.jsonl, weight: 5}\n"
+        "  search_tokens: 2k\n  report_tokens: 2k\n  block_tokens: 8k\n"
+    )
+    monkeypatch.chdir(folder)
+    spec, _ = read_sweep(spec_file)
+    assert [entry.dataset for entry in spec.data.sources] == ["demo", str(folder / "articles.jsonl")]
+    assert spec.data.label == f"100 demo + 5 {folder}/articles.jsonl"
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
