@@ -27,7 +27,7 @@ from penstock.storage import Storage
 from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
 
 KEEP_CHECKPOINTS = 2
-LEAST_MICRO_BATCH = 64  # tokens; a pack that does not even fit so is better split than slow
+LEAST_MICRO_BATCH = 64  # tokens, and an eighth of a batch; a pack that needs less is better split than slow
 DEAD_OVER_TOKENS = 1_000_000
 
 
@@ -158,8 +158,8 @@ class Pack:
                 except OSError as error:
                     reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
                     self._log(
-                        f"SAE {slot.member.sae_id}: its checkpoint at step {slot.trainer.steps_done} could not be written "
-                        f"to {self._storage.uri} ({reason}); training goes on, and the last whole one stays"
+                        f"SAE {slot.member.sae_id}: its checkpoint at step {slot.trainer.steps_done} could not be "
+                        f"written to {self._storage.uri} ({reason}); training goes on, and the last whole one stays"
                     )
 
     def finish(self, tails: Mapping[str, Tensor] = {}) -> None:
@@ -196,7 +196,7 @@ class Pack:
                 return trainer.train_step(x, target, want_metrics=want_metrics)
             except (RuntimeError, MemoryError) as error:
                 micro_batch = trainer.micro_batch_tokens or x.shape[0]
-                least = min(x.shape[0], LEAST_MICRO_BATCH) if len(self._slots) > 1 else 1
+                least = max(1, min(LEAST_MICRO_BATCH, x.shape[0] // 8)) if len(self._slots) > 1 else 1
                 if not is_out_of_memory(error) or micro_batch <= least:
                     raise
             trainer.micro_batch_tokens = micro_batch // 2

@@ -404,7 +404,7 @@ def describe(
         arrays = {name for pack in packs for name in pack.hook_points}
         there = set(range(schedule.n_blocks)).intersection(*(spool.blocks(name) for name in arrays))
         blocks = schedule.n_blocks - len(there) if arrays else 0
-        spooling = [f"spool      {spool.spool.storage.uri}: {len(there)} of {schedule.n_blocks} blocks are there, the "
+        spooling = [f"spool      {spool.spool.place}: {len(there)} of {schedule.n_blocks} blocks are there, the "
                     f"others take {blocks * block_bytes / 1e9:.2f} GB of at most {spec.data.spool_gb:g}"]  # fmt: skip
     passes = blocks * spec.data.block_rows
     harvest_flops = 2.0 * model.n_parameters * passes * spec.data.context_size

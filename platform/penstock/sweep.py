@@ -385,8 +385,8 @@ class Driver:
         self.storage.remove(self.sweep.control_file)
         if wanted != len(self._fleet.hosts):
             self.say(
-                f"model hosts: {len(self._fleet.hosts)} -> {wanted}; new ones join when the cluster has room for them and "
-                "they have loaded the model, others leave after the block at hand"
+                f"model hosts: {len(self._fleet.hosts)} -> {wanted}; new ones join when the cluster has room for them "
+                "and they have loaded the model, others leave after the block at hand"
             )
             self._fleet.scale(wanted)
 
