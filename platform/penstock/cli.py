@@ -1,4 +1,4 @@
-"""The command line: `penstock plan | run | submit | status | scale | list | front | pull | report | ui | spool`.
+"""The command line: `penstock COMMAND`; the commands stand in `_parser`.
 
 What a user can cause ends in one message on stderr and exit status 2; Ctrl-C in 130. Nothing heavy (MLflow, torch, Ray)
 is imported before the command that needs it runs.
@@ -87,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--address", metavar="URL", required=True, help="the cluster's job server, http://HOST:8265")
     submit.add_argument("--follow", action="store_true", help="show the job's log and end with its exit status")
     _add_code_change(submit)
+
+    harvest = command("harvest", _harvest, "fill the spool with a spec's activations ahead of time, and train nothing")
+    harvest.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
+    harvest.add_argument("--address", metavar="A", help="a running Ray cluster; a local Ray unless given")
 
     status = command("status", _status, "say how a running sweep stands, by its name or id")
     status.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
@@ -217,6 +221,14 @@ def _run(arguments: argparse.Namespace, home: Home) -> int:
     home.check_tracking()
     _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
     return run(arguments.spec, home, arguments.address, allow_code_change=arguments.allow_code_change)
+
+
+def _harvest(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.harvest import harvest
+
+    _check_storage(arguments.spec, home)
+    _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+    return harvest(arguments.spec, home, arguments.address)
 
 
 def _submit(arguments: argparse.Namespace, home: Home) -> int:

@@ -50,8 +50,8 @@ def connect(address: str | None) -> bool:
 
 
 def _start_local() -> None:
-    # A Ray of one machine listens on the loopback only, where a token would protect nothing.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Whatever address it is given, Ray listens on all of the machine's: only its token keeps others out.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     # A pack needs a handful of processes; on few cores Ray would start them one after another.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     # It watches for nodes that a cloud is about to take back, at the price of a process a pack.

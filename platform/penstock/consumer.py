@@ -50,6 +50,14 @@ class StreamClient:
             del arrays
             self._tell(self._stream.acknowledge, block)
 
+    def passing(self, first: int, stop: int) -> Iterator[int]:
+        """Every block's number once the block is there, in order, without reading it."""
+        self._attach(first)
+        for block in range(first, stop):
+            self._resolve(self._request(block), block)
+            yield block
+            self._tell(self._stream.acknowledge, block)
+
     def block(self, block: int) -> dict[str, np.ndarray]:
         """One block, wherever the pack stands."""
         self._attach(block)

@@ -100,8 +100,8 @@ class ResolvedSweep:
         return content_id([model, stream_identity(self.spec.data, self.store.train_id)])
 
     def spool(self, n_waves: int) -> SpooledStream | None:
-        """Where blocks are kept on disk: where the spec says, else in the storage if there is more than one wave, so that
-        none is made twice."""
+        """Where blocks are kept on disk: where the spec says, else in the storage if there is more than one wave, so
+        that none is made twice."""
         data = self.spec.data
         if data.spool == "off" or (data.spool is None and n_waves < 2):
             return None

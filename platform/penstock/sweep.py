@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.errors import SweepError, UserError
 from penstock.fence import BEAT_SECONDS, Fence, Pulse, claim, release
-from penstock.fleet import Fleet
 from penstock.home import Home, remember
 from penstock.identity import code_hash
-from penstock.models import ModelDescription
 from penstock.plan import (
-    Cluster,
     PlannedPack,
     describe,
     members,
-    memory_of_block,
     plan_packs,
     read_sweep,
     training_settings,
@@ -36,17 +31,15 @@ from penstock.plan import (
     waves,
 )
 from penstock.resolved import ResolvedSweep
-from penstock.spec import SweepSpec
+from penstock.session import Session, this_machine
 from penstock.storage import Storage
-from penstock.tokens import TokenStore, build_token_store
+from penstock.tokens import build_token_store
 
 if TYPE_CHECKING:
     from penstock.actors import StreamConfig
     from penstock.trial import TrialJob, Trials
 
 STATUS_SECONDS = 10.0
-WINDOW_SHARE = 0.3  # of the smallest object store
-WINDOW_LIMITS = (2, 8)  # blocks
 
 
 def plan_command(spec_path: str | Path, home: Home) -> str:
@@ -58,7 +51,7 @@ def plan_command(spec_path: str | Path, home: Home) -> str:
     sweep = ResolvedSweep(spec, model, store, storage, home)
     packs = plan_packs(spec, sweep.left())
     try:
-        return _describe(sweep, packs, _this_machine().pack_slots(spec.resources))
+        return _describe(sweep, packs, this_machine().pack_slots(spec.resources))
     except SweepError as error:  # a spec for a cluster, planned on a laptop
         note = f"warning    planned for a cluster where all packs run at once, since here: {error}"
         return f"{_describe(sweep, packs, max(1, len(packs)))}\n{note}"
@@ -66,9 +59,7 @@ def plan_command(spec_path: str | Path, home: Home) -> str:
 
 def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_code_change: bool = False) -> int:
     """`penstock run`: the whole sweep, from this process. Returns the exit status: 1 when an SAE failed."""
-    started = time.time()
-    spec, model = read_sweep(spec_path)
-    driver = Driver(spec, model, home, Storage(home.storage_uri(spec.storage)), started, allow_code_change)
+    driver = Driver(spec_path, home, allow_code_change)
     try:
         return driver.run(address)
     finally:
@@ -81,42 +72,22 @@ def _describe(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> str
     return describe(sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done, spool)
 
 
-def _this_machine() -> Cluster:
-    import torch
-
-    return Cluster(({"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()},))
-
-
-class Driver:
+class Driver(Session):
     """One sweep in one process."""
 
-    def __init__(
-        self,
-        spec: SweepSpec,
-        model: ModelDescription,
-        home: Home,
-        storage: Storage,
-        started: float,
-        allow_code_change: bool,
-    ) -> None:
-        self.spec, self.model, self.home, self.storage = spec, model, home, storage
-        self._started = started
+    def __init__(self, spec_path: str | Path, home: Home, allow_code_change: bool) -> None:
+        super().__init__(spec_path, home)
         self._allow_code_change = allow_code_change
         self._seconds: dict[str, float] = {}
-        self._fleet = Fleet(spec, storage, self.say)
         self._fence: Fence | None = None
         self._pulse: Pulse | None = None
         self._phase_now = "start"
         self._stream_status: dict[str, Any] = {}
         self._asked_at = 0.0
-        self._own_ray = False
         self._tracker: Any = None
         self._tokens_at: dict[str, int] = {}
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
-
-    def say(self, message: str) -> None:
-        print(f"[{time.time() - self._started:6.1f} s] {message}", flush=True)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -153,56 +124,22 @@ class Driver:
             self._pulse.stop()
         if self._fence is not None:
             release(self._fence)
-        if self._own_ray or self._fleet.hosts:
-            import ray
-
-            self._fleet.close()
-            ray.shutdown()
+        super().close()
 
     # ---- before training ----
 
     def _prepare(self, address: str | None) -> None:
-        from penstock.cluster import connect, describe_cluster, map_on_cluster
-
-        local = address is None and "RAY_ADDRESS" not in os.environ
-        if local:
-            _this_machine().pack_slots(self.spec.resources)  # refused before Ray is started for nothing
-        self.say(f"sweep {self.spec.name}: " + ("starting Ray" if local else "joining the Ray cluster"))
-        with ThreadPoolExecutor(1) as beside:
-            # A local Ray takes seconds to start in processes of its own; the tokens are read meanwhile.
-            store = beside.submit(self._build_store) if local else None
-            self._own_ray = connect(address)
-            cluster, store_bytes = describe_cluster()
-            if not local and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
-                self._refuse_local_storage()
-            slots = cluster.pack_slots(self.spec.resources)
-            self._fleet.scale(self.spec.resources.model_hosts)
-            self.say(f"{len(self._fleet.hosts)} model host(s) booting")
-            built = store.result() if store else self._build_store(parallel_map=map_on_cluster)
-        self.sweep = ResolvedSweep(self.spec, self.model, built, self.storage, self.home)
+        self.join(address)
         self.left = self.sweep.left()
         self.packs = plan_packs(self.spec, self.left)
-        self.slots = max(1, min(slots, len(self.packs)))
-        block = max(1, memory_of_block(self.spec, self.model, self.packs))
+        self.slots = max(1, min(self.slots, len(self.packs)))
         self._spool = self.sweep.spool(len(waves(self.packs, self.slots)))
-        self.window = int(min(max(store_bytes * WINDOW_SHARE // block, WINDOW_LIMITS[0]), WINDOW_LIMITS[1]))
         if self.left:
             text = _describe(self.sweep, self.packs, self.slots)
             self.say("the plan\n" + "\n".join(f"           {line}" for line in text.splitlines()))
         else:
             for warning in warnings(self.spec, self.sweep.saes):
                 self.say(f"warning: {warning}")
-
-    def _build_store(self, **parallel: Any) -> TokenStore:
-        return build_token_store(
-            self.spec.data, self.spec.model, self.spec.train, self.storage, progress=self.say, **parallel
-        )
-
-    def _refuse_local_storage(self) -> None:
-        raise SweepError(
-            f"storage {self.storage.uri!r} is a path of one machine, and this cluster has several nodes; accepted: a "
-            "URI that every node reaches (s3://..., gs://...), or file:///... for a file system that all nodes mount"
-        )
 
     def _is_complete(self) -> bool:
         return not self.left and self.storage.exists(self.sweep.result_file) and self._is_tracked()
@@ -225,7 +162,7 @@ class Driver:
         config = self._stream_config()
         if self._spool is not None:
             self._spool.describe(sweep.about_stream)
-        self._fleet.start_stream(config)  # first: its name is the lock on this cluster
+        self.fleet.start_stream(config)  # first: its name is the lock on this cluster
         self._fence = claim(self.storage, sweep.attempt_file, sweep.status_file, self.say)
         self.storage.remove(sweep.control_file)
         self.storage.clean_staging()
@@ -237,7 +174,7 @@ class Driver:
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
         again = f", {resumed} of them from checkpoints" if resumed else ""
         self.say(f"sweep id {sweep.sweep_id}: {len(jobs)} pack(s) starting{again}")
-        return Trials(jobs, self._fleet.stream, self.slots, self.storage, f"{sweep.sweep_id}-{self._fence.token[:8]}")
+        return Trials(jobs, self.fleet.stream, self.slots, self.storage, f"{sweep.sweep_id}-{self._fence.token[:8]}")
 
     def _job(self, pack: PlannedPack) -> "TrialJob":
         from penstock.train import PackJob
@@ -286,7 +223,7 @@ class Driver:
             name=self.sweep.sweep_id,
             source=Source(self.sweep.store.id, self.sweep.calibration_folder, self._spool),
             n_blocks=schedule.n_blocks,
-            window=self.window,
+            window=self.window(self.packs),
             waves=tuple({pack.pack_id: pack.hook_points for pack in wave} for wave in waves(self.packs, self.slots)),
             cursors={
                 pack.pack_id: schedule.locate(
@@ -345,10 +282,10 @@ class Driver:
         self._open_tracker()
 
     def _collect(self) -> None:
-        found = self._fleet.collect()
+        found = self.fleet.collect()
         if found is None:
             return
-        self._cost.update(self._fleet.cost)
+        self._cost.update(self.fleet.cost)
         self._stream_status = found["status"]
         self._heed()
         if found["fatal"]:
@@ -383,12 +320,12 @@ class Driver:
             return
         wanted = self.storage.read_json(self.sweep.control_file)["model_hosts"]
         self.storage.remove(self.sweep.control_file)
-        if wanted != len(self._fleet.hosts):
+        if wanted != len(self.fleet.hosts):
             self.say(
-                f"model hosts: {len(self._fleet.hosts)} -> {wanted}; new ones join when the cluster has room for them "
+                f"model hosts: {len(self.fleet.hosts)} -> {wanted}; new ones join when the cluster has room for them "
                 "and they have loaded the model, others leave after the block at hand"
             )
-            self._fleet.scale(wanted)
+            self.fleet.scale(wanted)
 
     def _standing(self) -> dict[str, Any]:
         """How the sweep stands, for `penstock status`."""
@@ -432,7 +369,7 @@ class Driver:
     def _evaluate(self) -> None:
         from penstock.evaluation import evaluate_on_hosts
 
-        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, list(self._fleet.hosts.values()), self.say)
+        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, list(self.fleet.hosts.values()), self.say)
 
     def _finish(self) -> int:
         from penstock.results import SETTLED, publish

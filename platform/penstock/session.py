@@ -1,0 +1,88 @@
+"""What every driver begins with: a Ray, the token store, and model hosts."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import SweepError
+from penstock.fleet import Fleet
+from penstock.home import Home
+from penstock.plan import Cluster, PlannedPack, memory_of_block, read_sweep
+from penstock.resolved import ResolvedSweep
+from penstock.storage import Storage
+from penstock.tokens import TokenStore, build_token_store
+
+WINDOW_SHARE = 0.3  # of the smallest object store
+WINDOW_LIMITS = (2, 8)  # blocks
+
+
+def this_machine() -> Cluster:
+    import torch
+
+    return Cluster(({"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()},))
+
+
+class Session:
+    """A spec, and the cluster it runs on. `sweep`, `slots` (packs that run at once) are there once `join` is done."""
+
+    sweep: ResolvedSweep
+    slots: int
+
+    def __init__(self, spec_path: str | Path, home: Home) -> None:
+        self._started = time.time()
+        self.spec, self.model = read_sweep(spec_path)
+        self.home = home
+        self.storage = Storage(home.storage_uri(self.spec.storage))
+        self.fleet = Fleet(self.spec, self.storage, self.say)
+        self._own_ray = False
+        self._store_bytes = 0
+
+    def say(self, message: str) -> None:
+        print(f"[{time.time() - self._started:6.1f} s] {message}", flush=True)
+
+    def join(self, address: str | None) -> None:
+        """Join the cluster, or start a local Ray, boot the model hosts and fill the token store."""
+        from penstock.cluster import connect, describe_cluster, map_on_cluster
+
+        local = address is None and "RAY_ADDRESS" not in os.environ
+        if local:
+            this_machine().pack_slots(self.spec.resources)  # refused before Ray is started for nothing
+        self.say(f"sweep {self.spec.name}: " + ("starting Ray" if local else "joining the Ray cluster"))
+        with ThreadPoolExecutor(1) as beside:
+            # A local Ray takes seconds to start in processes of its own; the tokens are read meanwhile.
+            store = beside.submit(self._build_store) if local else None
+            self._own_ray = connect(address)
+            cluster, self._store_bytes = describe_cluster()
+            if not local and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
+                self._refuse_local_storage()
+            self.slots = cluster.pack_slots(self.spec.resources)
+            self.fleet.scale(self.spec.resources.model_hosts)
+            self.say(f"{len(self.fleet.hosts)} model host(s) booting")
+            built = store.result() if store else self._build_store(parallel_map=map_on_cluster)
+        self.sweep = ResolvedSweep(self.spec, self.model, built, self.storage, self.home)
+
+    def window(self, packs: list[PlannedPack]) -> int:
+        """How many blocks may stand in the object store beyond the slowest consumer."""
+        block = max(1, memory_of_block(self.spec, self.model, packs))
+        return int(min(max(self._store_bytes * WINDOW_SHARE // block, WINDOW_LIMITS[0]), WINDOW_LIMITS[1]))
+
+    def close(self) -> None:
+        """Stop what was started."""
+        if self._own_ray or self.fleet.hosts:
+            import ray
+
+            self.fleet.close()
+            ray.shutdown()
+
+    def _build_store(self, **parallel: Any) -> TokenStore:
+        return build_token_store(
+            self.spec.data, self.spec.model, self.spec.train, self.storage, progress=self.say, **parallel
+        )
+
+    def _refuse_local_storage(self) -> None:
+        raise SweepError(
+            f"storage {self.storage.uri!r} is a path of one machine, and this cluster has several nodes; accepted: a "
+            "URI that every node reaches (s3://..., gs://...), or file:///... for a file system that all nodes mount"
+        )
