@@ -264,7 +264,7 @@ def print_tables(
     train, context = spec.train, spec.data.context_size
     print_table(
         f"{train.steps * train.batch_tokens:,} tokens in batches of {train.batch_tokens}, rows of {context}",
-        ["block tokens", "rows", "batches", "design effect", *(f"MB at d_in {d_in}" for d_in in WIDTHS)],
+        ["block tokens", "rows", "batches, at most", "design effect", *(f"MB at d_in {d_in}" for d_in in WIDTHS)],
         [[_label(size), *(("-", "-") if size is None else (f"{size // context:,}", f"{size // train.batch_tokens:,}")),
           f"{mean(values):.2f}",
           *("-" if size is None else f"{block_bytes(size, d_in) / 1e6:,.1f}" for d_in in WIDTHS)]
