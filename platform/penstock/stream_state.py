@@ -3,10 +3,11 @@
 No clock, no Ray, no I/O: times are passed in, and what a block *is* (an object reference, a file) is opaque here.
 
 A block is made once for all packs of a *cohort*: nobody runs further ahead of the slowest live member than the window,
-so every member finds the block in the object store. The packs of a wave are a cohort. One that joins later, or whose
-lease ended, is a cohort of its own, until it has caught up with another: from then on it belongs to that one. Several
-cohorts share the window, so that what stands in the object store stays bounded. Blocks in the spool take no room in it:
-they are neither made nor kept, and may be read however far ahead.
+so every member finds the block in the object store. The packs of a wave are a cohort. One that joins later, or comes
+back after its lease or its work had ended, is a cohort of its own, until it has caught up with another: two cohorts
+become one as soon as nobody in front has to wait for it. Several cohorts share the window, so that what stands in the
+object store stays bounded. Blocks in the spool take no room in it: they are neither made nor kept, and may be read
+however far ahead.
 """
 
 import statistics
@@ -77,7 +78,7 @@ class Work:
     arrays: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Cohort:
     """The active members' needs: the lowest cursor of each array and of all."""
 
@@ -120,7 +121,7 @@ class StreamState:
         self._next_own_cohort = -1
         self._cohorts: dict[int, _Cohort] = {}
         self._being_made: set[tuple[int, str]] = set()
-        self._first_unmade: dict[str, int] = {}  # array -> the first block that no host was ever asked for
+        self._made: dict[str, BlockSet] = {}  # by array
 
     # ---- consumers ----
 
@@ -141,7 +142,7 @@ class StreamState:
         Raises `SupersededError` when a later run of the pack is there.
         """
         member = self.members.get(pack_id)
-        if member is None or member.status == "gone":
+        if member is None or member.status in ("gone", "done"):
             self._next_own_cohort -= 1
             runs_before = member.run if member else 0
             member = Member(pack_id, tuple(arrays), self._next_own_cohort, cursor, runs_before)
@@ -189,9 +190,11 @@ class StreamState:
         member.last_progress = now
         if block + 1 > member.cursor:
             member.intervals.append(now - member.last_block)
-            member.cursor = block + 1
+            was, member.cursor = member.cursor, block + 1
             member.last_block = now
-            self._update(member.cohort)
+            lowest = self._cohorts[member.cohort].lowest
+            if any(lowest[name] == was for name in member.arrays):
+                self._update(member.cohort)
 
     def expire(self, now: float) -> list[str]:
         """End the leases of members that hang, and the wait for members that never came. Their pack ids."""
@@ -229,28 +232,26 @@ class StreamState:
         """The block that is needed first and that nobody makes yet, given to an idle host."""
         if not self.idle_hosts or self.fatal:
             return None
-        best: tuple[int, int] | None = None
+        best: tuple[int, int, int, int] | None = None
         wanted: dict[int, set[str]] = {}
-        for number, cohort in self._cohorts.items():
+        for turn, (number, cohort) in enumerate(self._cohorts.items()):
             limit = min(self._limit(number), self.n_blocks)
             for name, lowest in cohort.lowest.items():
                 for block in range(lowest, limit):
                     key = block, name
                     if key not in self.ready and key not in self._being_made and not self._in_spool(block, name):
                         wanted.setdefault(block, set()).add(name)
-                        urgency = (block - lowest, block)
+                        urgency = block - lowest, turn, block, number
                         best = min(best, urgency) if best else urgency
         if best is None:
             return None
-        block = best[1]
+        *_, block, number = best
+        self._cohorts[number] = self._cohorts.pop(number)  # of equal urgency, the others come first next time
         host = next(iter(self.idle_hosts))
         work = Work(host, block, tuple(sorted(wanted[block])))
         del self.idle_hosts[host]
         self.pending[host] = work
         self._being_made.update((block, name) for name in work.arrays)
-        self.blocks_remade += any(block < self._first_unmade.get(name, 0) for name in work.arrays)
-        for name in work.arrays:
-            self._first_unmade[name] = max(block + 1, self._first_unmade.get(name, 0))
         return work
 
     def produced(self, work: Work, objects: Mapping[str, Any], spooled: Iterable[str] = ()) -> None:
@@ -261,6 +262,10 @@ class StreamState:
         self.strikes.pop(work.block, None)
         for name in spooled:
             self.spooled.setdefault(name, BlockSet(self.n_blocks)).add(work.block)
+        made = [self._made.setdefault(name, BlockSet(self.n_blocks)) for name in objects]
+        self.blocks_remade += any(work.block in blocks for blocks in made)
+        for blocks in made:
+            blocks.add(work.block)
         for name, value in objects.items():
             self.ready[work.block, name] = value
         self._release()
@@ -273,11 +278,15 @@ class StreamState:
         if len(reasons) >= STRIKES:
             self.fatal = f"block {work.block} has failed {STRIKES} times and is given up; last: {reasons[-1]}"
 
+    def returned(self, work: Work) -> None:
+        """A host turns out to have gone before it was given the block, which is no fault of the block."""
+        self._ended(work)
+
     def forget(self, block: int, arrays: Iterable[str]) -> None:
-        """Arrays of a block are lost: they are made again for whoever still needs them."""
+        """Arrays of a block cannot be read: they come from the spool instead, or are made again for whoever still needs
+        them."""
         for name in arrays:
-            self.ready.pop((block, name), None)
-            if name in self.spooled:
+            if self.ready.pop((block, name), None) is None and name in self.spooled:
                 self.spooled[name].discard(block)
 
     # ---- inside ----
@@ -302,37 +311,49 @@ class StreamState:
     def _in_spool(self, block: int, name: str) -> bool:
         return name in self.spooled and block in self.spooled[name]
 
-    def _limit(self, cohort: int) -> int:
+    def _share(self, n_cohorts: int) -> int:
+        """Blocks of the window that each of so many cohorts may use."""
+        return max(1, self.window // max(1, n_cohorts))
+
+    def _limit(self, number: int) -> int:
         """The first block that the cohort may not have in the object store yet."""
-        known = self._cohorts.get(cohort)
-        return (known.start if known else 0) + max(1, self.window // max(1, len(self._cohorts)))
+        cohort = self._cohorts.get(number)
+        return (cohort.start if cohort else 0) + self._share(len(self._cohorts))
+
+    def _active(self, number: int) -> list[Member]:
+        """The members of a cohort that need blocks, or are waited for."""
+        statuses = ("live", "expected") if number in self._opened else ("live",)
+        return [
+            member
+            for member in self.members.values()
+            if member.cohort == number and member.status in statuses and member.cursor < self.n_blocks
+        ]
 
     def _update(self, number: int) -> None:
         """Work out again what a cohort needs, once one of its members has changed."""
-        opened = number in self._opened
-        active = [
-            member
-            for member in self.members.values()
-            if member.cohort == number and (member.status == "live" or (opened and member.status == "expected"))
-        ]
-        if active:
-            lowest: dict[str, int] = {}
-            for member in active:
-                for name in member.arrays:
-                    lowest[name] = min(lowest.get(name, member.cursor), member.cursor)
+        lowest: dict[str, int] = {}
+        for member in self._active(number):
+            for name in member.arrays:
+                lowest[name] = min(lowest.get(name, member.cursor), member.cursor)
+        before = self._cohorts.get(number)
+        if lowest:
             self._cohorts[number] = _Cohort(lowest, min(lowest.values()))
-            self._merge(number)
         else:
             self._cohorts.pop(number, None)
-        self._release()
+        if self._cohorts.get(number) != before:
+            self._merge(number)
+            self._release()
 
     def _merge(self, number: int) -> None:
-        """A cohort of latecomers that has caught up with another one becomes part of it."""
-        if number >= 0:
-            return
-        here = self._cohorts[number].start
-        for other, cohort in self._cohorts.items():
-            if other != number and cohort.start <= here <= self._limit(other):
+        """Join the cohort to another, where all members of the one ahead are within the reach of the one behind."""
+        for other in self._cohorts if number in self._cohorts else ():
+            if other != number:
+                behind, ahead = sorted((number, other), key=lambda one: self._cohorts[one].start)
+                reach = self._cohorts[behind].start + self._share(len(self._cohorts) - 1)
+                if self._cohorts[ahead].start > reach or any(m.cursor > reach for m in self._active(ahead)):
+                    continue
+                if any(m.status == "expected" for m in self._active(number) + self._active(other)):
+                    continue  # a barrier holds up those alone who came to it
                 for member in self.members.values():
                     if member.cohort == number:
                         member.cohort = other
@@ -341,8 +362,9 @@ class StreamState:
                 return
 
     def _release(self) -> None:
-        """Drop what no active member will read soon. What was made while fewer cohorts shared the window stays."""
-        cohorts = self._cohorts.values()
+        """Drop what no cohort needs within its share of the window. (A latecomer that makes the shares smaller costs
+        the others the blocks beyond; keeping them would let the store fill with what each leaves for the next.)"""
+        share, cohorts = self._share(len(self._cohorts)), self._cohorts.values()
         for block, name in list(self.ready):
-            if not any(c.lowest.get(name, block + 1) <= block < c.start + self.window for c in cohorts):
+            if not any(one.lowest.get(name, self.n_blocks) <= block < one.start + share for one in cohorts):
                 del self.ready[block, name]
