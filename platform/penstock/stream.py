@@ -8,14 +8,16 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from penstock.stream_state import StreamState, Work
+from penstock.stream_state import LeaseLostError, StreamState, Work
 
 # A host that is silent for longer than this, and many times longer than blocks take, hangs.
 HARVEST_SECONDS = 600.0
 HARVEST_MEDIANS = 20.0
+ANSWER_SECONDS = 20.0
 
 
 class HostGoneError(Exception):
@@ -69,10 +71,10 @@ class Stream:
     async def pump(self) -> None:
         """Give work to idle hosts for ever. Cancel it to stop."""
         while True:
-            while (work := self.state.next_work()) is not None:
-                self._start(self._make(work))
             for pack_id in self.state.expire(self._clock()):
                 self._log(f"pack {pack_id}: no step for too long; its lease ends, the others do not wait for it")
+            while (work := self.state.next_work()) is not None:
+                self._start(self._make(work))
             async with self._changed:
                 try:
                     await asyncio.wait_for(self._changed.wait(), timeout=1.0)
@@ -91,6 +93,7 @@ class Stream:
         left = [name for name in self.hosts if name not in hosts and self.state.retire_host(name)]
         for name in left:
             del self.hosts[name]
+        self._check_hosts()
         await self._notify()
         return left
 
@@ -102,7 +105,6 @@ class Stream:
 
     async def detach(self, pack_id: str, run: int) -> None:
         self.state.detach(pack_id, run)
-        self.consumed.pop(pack_id, None)
         await self._notify()
 
     async def acknowledge(self, pack_id: str, block: int, run: int) -> None:
@@ -127,9 +129,10 @@ class Stream:
             left = deadline - self._clock()
             if left <= 0:
                 return None
+            lease = self.state.lease(self.state.members[pack_id])
             async with self._changed:
                 try:
-                    await asyncio.wait_for(self._changed.wait(), timeout=min(left, 5.0))
+                    await asyncio.wait_for(self._changed.wait(), timeout=min(left, 5.0, lease / 2))
                 except TimeoutError:
                     continue
 
@@ -137,10 +140,11 @@ class Stream:
         self, pack_id: str, rows: Sequence[dict[str, Any]], about: Mapping[str, float], pause_seconds: float, run: int
     ) -> None:
         """Progress of a pack: metric rows and events for the driver, figures about itself, and a sign of life."""
+        with suppress(LeaseLostError):  # what it says counts all the same; it attaches again for its next block
+            self.state.progress(pack_id, self._clock(), pause_seconds, run)
         self._mail.extend(rows)
         if about:
             self.consumed[pack_id] = dict(about)
-        self.state.progress(pack_id, self._clock(), pause_seconds, run)
 
     # ---- the driver ----
 
@@ -188,13 +192,20 @@ class Stream:
 
     async def _make(self, work: Work) -> None:
         host = self.hosts[work.host]
+        if work.block in self.state.strikes and not await _answers(host):
+            self.state.returned(work)
+            await self._notify()
+            await self._bring_back(work.host)
+            return
         patience = max(HARVEST_SECONDS, HARVEST_MEDIANS * statistics.median(self._harvests or [0.0]))
+        limit = asyncio.timeout(patience)
         try:
-            objects, info = await asyncio.wait_for(host.harvest(work.block, work.arrays), patience)
+            async with limit:
+                objects, info = await host.harvest(work.block, work.arrays)
         except Exception as error:  # whatever a host dies of, the block is made again elsewhere
-            if isinstance(error, TimeoutError):
+            if limit.expired():
                 host.kill()
-            reason = f"no answer for {patience:.0f} s" if isinstance(error, TimeoutError) else last_line(error)
+            reason = f"no answer for {patience:.0f} s" if limit.expired() else last_line(error)
             self.state.failed(work, reason)
             self._log(f"host {work.host} lost block {work.block} ({type(error).__name__}: {reason}); it is made again")
             await self._notify()
@@ -225,15 +236,29 @@ class Stream:
         except HostGoneError as error:
             self.broken[name] = last_line(error)
             self._log(f"host {name} is gone: {self.broken[name]}")
-            if self.broken.keys() >= self.hosts.keys() - self.state.retiring:
-                self.state.fatal = f"no model host is left: {self.broken[name]}"
+            self._check_hosts()
         else:
             self.state.host_up(name)
         await self._notify()
 
+    def _check_hosts(self) -> None:
+        """Give up when all hosts that are to stay could not be built."""
+        staying = self.hosts.keys() - self.state.retiring
+        if staying and staying <= self.broken.keys():
+            self.state.fatal = f"no model host is left: {self.broken[min(staying)]}"
+
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+async def _answers(host: Host) -> bool:
+    """Whether a host is there: the death of an idle one went unnoticed, and is no fault of the block."""
+    try:
+        await asyncio.wait_for(host.wait_until_up(), ANSWER_SECONDS)
+    except (TimeoutError, HostGoneError):
+        return False
+    return True
 
 
 def last_line(error: Exception) -> str:
