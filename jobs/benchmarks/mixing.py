@@ -14,9 +14,9 @@ steps, schedules and calibration (from the first 65,536 tokens). All are evaluat
 `sae_core.evaluation.evaluate_rows` on the same tokens of the search split.
 
 MSE is summed over d_in, in the units of the activations. Its ratio to the full shuffle's is paired: within a seed rows
-and initial weights are the same. The standard SAE's L0 moves with the mixing, and its MSE with that: a part of its ratio
-is a move along the front. Intervals are 95% t-intervals over seeds. Two figures show bad mixing where the final
-loss does not:
+and initial weights are the same. Intervals are 95% t-intervals over seeds. The standard SAE's L0 moves with the mixing,
+and its MSE with that: a part of its ratio is a move along the front. Two figures show bad mixing where the final loss
+does not:
   loss noise      standard deviation of the training loss over the last fifth of the steps, about a straight line (the
                   learning rate falls), in percent of the mean loss
   design effect   E||batch mean - mean||^2 over that of batches of independent tokens: by this factor a batch is worth
