@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from penstock.activations import from_wire, wire_dtype
-from penstock.errors import ModelError
+from penstock.errors import DataError, ModelError
+from penstock.given import GivenRows, GivenStream, open_given
 from penstock.models import load_model
 from penstock.sites import Site, parse_array
 from penstock.spec import DataSpec, ModelSpec
@@ -37,11 +38,13 @@ class ModelHost:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, self.device)
         self.dtype: torch.dtype = getattr(torch, model.dtype)
+        self._dtype_name = model.dtype
         self.rows_per_forward = model.harvest_rows
         self.forward_passes = 0
         self.tokens = 0
         self._name = model.name
         self._hooks = self.model.hook_dict  # a property that gathers all of them anew
+        self._opened: dict[str, GivenStream | GivenRows] = {}
         self._norm_limits: dict[tuple[str, str], float] = {}
 
     # ---- harvesting ----
@@ -60,14 +63,18 @@ class ModelHost:
         second, ...), so that step counts stay as they are. This happens in each array for itself, but in those of a
         transcoder's site together, for the outliers of both its hook points: there row i stays one token in both.
 
-        Raises `ModelError` for a hook point that the model lacks, and when not even one row fits into memory.
+        With `data.activations` the folder's activations take the place of the model's; a spool's stream is handed out
+        as it is.
+
+        Raises `ModelError` for a hook point that the model lacks, and when not even one row fits into memory, and
+        `DataError` or `SpoolError` for given activations that are damaged or no longer those of the store.
         """
-        rows = store.rows("train", block * store.block_rows, (block + 1) * store.block_rows)
-        kept = store.kept(rows)
-        places = row_generator(data.seed, block).permutation(int(kept.sum()))
+        given = self._given(store, data)
+        if isinstance(given, GivenStream):
+            return given.harvest(block, arrays, self._dtype_name)
         sources = {name: parse_array(name) for name in arrays}
         needed = dict.fromkeys(name for hook_point, judged in sources.values() for name in (hook_point, *judged))
-        found = self._activations(rows, kept, places, list(needed))
+        found = self._harvest(store, data, block, list(needed))
         limit = data.exclude.norm_over_median
         if limit is None:
             return {name: found[hook_point] for name, (hook_point, _) in sources.items()}
@@ -78,6 +85,38 @@ class ModelHost:
             made[name] = found[hook_point].copy() if uses[hook_point] > 1 else found[hook_point]
             replace_rows(from_wire(made[name], self.dtype), torch.stack([outliers[one] for one in judged]).any(0))
         return made
+
+    def _harvest(
+        self, store: TokenStore, data: DataSpec, block: int, hook_points: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The activations of a block of train rows, permuted, outliers and all."""
+        given = self._given(store, data)
+        if isinstance(given, GivenStream):
+            arrays = {name: given.array_at(name) for name in hook_points}
+            found = given.harvest(block, list(arrays.values()), self._dtype_name)
+            return {name: found[array] for name, array in arrays.items()}
+        if given is None:
+            rows = store.rows("train", block * store.block_rows, (block + 1) * store.block_rows)
+        else:
+            rows = given.tokens(block)
+        kept = store.kept(rows)
+        places = row_generator(data.seed, block).permutation(int(kept.sum()))
+        if given is None:
+            return self._activations(rows, kept, places, hook_points)
+        return given.activations(block, kept, places, hook_points, wire_dtype(self.dtype))
+
+    def _given(self, store: TokenStore, data: DataSpec) -> GivenStream | GivenRows | None:
+        """The activations that are given, once they are opened; they are still those that the store was made for."""
+        if data.activations is None:
+            return None
+        if store.train_id not in self._opened:
+            opened = open_given(data)
+            if opened.identity != store.given:
+                raise DataError(f"data.activations {data.activations!r} has changed since the sweep was planned, or is "
+                                "another folder on this machine; accepted: the same activations on every machine"
+                                )  # fmt: skip
+            self._opened[store.train_id] = opened
+        return self._opened[store.train_id]
 
     def _activations(
         self, rows: np.ndarray, kept: np.ndarray, places: np.ndarray, hook_points: Sequence[str]
@@ -211,8 +250,8 @@ class ModelHost:
     ) -> np.ndarray:
         assert data.exclude.norm_over_median is not None
         if (store.train_id, hook_point) not in self._norm_limits:
-            first = store.rows("train", 0, store.block_rows)
-            norms = self._norms(first, store.kept(first), hook_point)
+            first = self._harvest(store, data, 0, [hook_point])[hook_point]
+            norms = from_wire(first, self.dtype).float().norm(dim=1)
             self._norm_limits[store.train_id, hook_point] = data.exclude.norm_over_median * norms.median().item()
         kept = kept.copy()
         kept[kept] = (self._norms(rows, kept, hook_point) <= self._norm_limits[store.train_id, hook_point]).numpy()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from penstock.batches import Schedule
 from penstock.errors import ConfigError, SpecError, SweepError, UserError
+from penstock.given import open_given
 from penstock.identity import FORMAT, content_id
 from penstock.models import (
     ModelDescription,
@@ -177,13 +178,19 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
         data = data.model_copy(update={"mixture": entries})
     else:
         data = data.model_copy(update={"dataset": _absolute(data.dataset)})
+    if data.activations is not None:
+        data = data.model_copy(update={"activations": _absolute(data.activations)})
     spec = spec.model_copy(update={"model": model, "data": data})
     try:
         description = describe_model(model)
         check_weight_files(model)
         check_sites(description, spec.sites)
         check_context_size(description, data.context_size)
-        plan_packs(spec, plan_saes(spec, description, train_id=""))
+        packs = plan_packs(spec, plan_saes(spec, description, train_id=""))
+        if data.activations is not None:
+            arrays = {name for pack in packs for name in pack.hook_points}
+            widths = {name: description.hook_points[parse_array(name)[0]] for name in sorted(arrays)}
+            open_given(data).check(spec, widths)
         check_data(data, model, spec.train, description.vocab_size)
     except UserError as error:
         raise type(error)(f"{place(spec_path, str(error))}: {error}") from None
@@ -377,6 +384,8 @@ def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
             "train.encoder_dtype float16: packs train on CPUs (resources.gpus_per_pack 0), where its products are many "
             "times slower than those of float32; bfloat16 is made for them where a CPU has it"
         )
+    if spec.data.activations is not None:
+        found += open_given(spec.data).warnings(spec)
     return found
 
 
@@ -406,6 +415,10 @@ def describe(
         blocks = schedule.n_blocks - len(there) if arrays else 0
         spooling = [f"spool      {spool.spool.place}: {len(there)} of {schedule.n_blocks} blocks are there, the "
                     f"others take {blocks * block_bytes / 1e9:.2f} GB of at most {spec.data.spool_gb:g}"]  # fmt: skip
+    if spec.data.activations is not None:
+        blocks = 0
+        spooling = [f"given      {spec.data.activations}: {open_given(spec.data).about}; the model is run only to "
+                    "evaluate"]  # fmt: skip
     passes = blocks * spec.data.block_rows
     harvest_flops = 2.0 * model.n_parameters * passes * spec.data.context_size
     sae_flops = sum(6.0 * sae.n_products * spec.train.tokens for sae in trained)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from penstock.batches import Schedule
+from penstock.given import open_given
 from penstock.home import Home
 from penstock.identity import code_hash, content_id
 from penstock.models import ModelDescription
@@ -57,7 +58,7 @@ class ResolvedSweep:
             "exclude": data.exclude.model_dump(),
             "dtype": model.dtype,
             "processing": model.processing,
-        }
+        } | ({} if self.store.given is None else {"activations": self.store.given})
 
     @property
     def protocol_id(self) -> str:
@@ -72,6 +73,7 @@ class ResolvedSweep:
     def metadata(self) -> dict[str, Any]:
         """What every `cfg.json` says of its origin, in the names that SAELens' tools read and in ours."""
         data = self.spec.data
+        given = None if data.activations is None else open_given(data)
         return {
             "model_name": self.spec.model.name,
             "model_class_name": "TransformerBridge",
@@ -80,11 +82,11 @@ class ResolvedSweep:
             "model_fingerprint": self.model.fingerprint,
             "context_size": data.context_size,
             "prepend_bos": data.bos,
-            "dataset_path": data.label,
+            "dataset_path": data.label if given is None else given.dataset,
             "exclude": data.exclude.model_dump(),
             "data": stream_identity(data, self.store.train_id),
             "code": code_hash(),
-        }
+        } | ({} if given is None else {"activations": {"folder": data.activations, "identity": given.identity}})
 
     # ---- where things lie ----
 
@@ -101,8 +103,10 @@ class ResolvedSweep:
 
     def spool(self, n_waves: int) -> SpooledStream | None:
         """Where blocks are kept on disk: where the spec says, else in the storage if there is more than one wave, so
-        that none is made twice."""
+        that none is made twice. Activations that are given lie on disk already."""
         data = self.spec.data
+        if data.activations is not None:
+            return None
         if data.spool == "off" or (data.spool is None and n_waves < 2):
             return None
         storage = Storage(self.home.storage_uri(data.spool)) if data.spool else self.storage.at("spool")

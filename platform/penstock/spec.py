@@ -134,6 +134,13 @@ class DataSpec(_Section):
             raise ValueError("accepted are `off` and a folder or URI; unless given it is in the storage, where needed")
         return value
 
+    @field_validator("activations")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("accepted is a folder of activations; leave it out to harvest them from the model")
+        return value
+
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """The datasets of the corpus: those of the mixture, or the one."""
@@ -160,6 +167,9 @@ class DataSpec(_Section):
         if self.mixture is not None and alone:
             raise ValueError(f"mixture and {sorted(alone)[0]} are both given; accepted: one of them, and in each entry "
                              "of a mixture its own dataset, subset, hub_split, text_column, tokens_column")  # fmt: skip
+        if self.activations is not None and self.spool not in (None, "off"):
+            raise ValueError(f"spool {self.spool!r} would keep what is harvested, and with activations "
+                             f"{self.activations!r} nothing is; accepted: one of them")  # fmt: skip
         if self.exclude.first_positions >= self.context_size:
             raise ValueError(f"exclude.first_positions {self.exclude.first_positions} leaves nothing of a row of "
                              f"context_size {self.context_size}")  # fmt: skip

@@ -229,6 +229,22 @@ class SpooledStream:
         self._touch_now_and_then()
         return values
 
+    def shape(self, array: str, block: int) -> tuple[int, int]:
+        """(tokens, d) of a block by the schema of its file: its activations are neither read nor verified.
+
+        Raises `SpoolError` naming the file where it is missing, cut off, or another block.
+        """
+        name = _block_name(array, block)
+        try:
+            with self._storage.reading(f"{self.id}/{name}") as source:
+                metadata = _metadata(pa.ipc.open_file(source), _identity(self.id, array, block))
+            tokens, d = map(int, metadata["shape"].split(","))
+        except _Unfit as error:
+            raise SpoolError(f"{self._path(name)} {error}") from None
+        except _DAMAGE as error:
+            raise SpoolError(f"{self._path(name)} is missing, cut off or damaged: {_reason(error)}") from None
+        return tokens, d
+
     def remove(self, array: str, block: int) -> None:
         """Remove a block, as one does with a damaged one; nothing where there is none."""
         name = _block_name(array, block)
@@ -282,13 +298,19 @@ def _to_batch(values: np.ndarray, dtype: str, identity: Mapping[str, str]) -> pa
     return pa.RecordBatch.from_arrays([column], schema=schema)
 
 
-def _from_file(source: pa.NativeFile, identity: Mapping[str, str], dtype: str | None) -> np.ndarray:
-    """The array of a file, without a copy. Raises `_Unfit`, or one of `_DAMAGE` where pyarrow cannot read it."""
-    reader = pa.ipc.open_file(source)
+def _metadata(reader: pa.ipc.RecordBatchFileReader, identity: Mapping[str, str]) -> dict[str, str]:
+    """What a file says of itself. Raises `_Unfit` where it is not the block that was asked for."""
     metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
     for key, value in identity.items():
         if metadata.get(key) != value:
             raise _Unfit(f"is of another block, or damaged: its {key} is {metadata.get(key)!r}, not {value!r}")
+    return metadata
+
+
+def _from_file(source: pa.NativeFile, identity: Mapping[str, str], dtype: str | None) -> np.ndarray:
+    """The array of a file, without a copy. Raises `_Unfit`, or one of `_DAMAGE` where pyarrow cannot read it."""
+    reader = pa.ipc.open_file(source)
+    metadata = _metadata(reader, identity)
     found = metadata["dtype"]
     if found not in _TYPES or found != (dtype or found):
         accepted = dtype or ", ".join(_TYPES)

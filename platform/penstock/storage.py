@@ -68,6 +68,10 @@ class Storage:
         with self._fs.open_input_stream(self.path(name), compression=None) as stream:
             return stream.read()
 
+    def reading(self, name: str) -> pa.NativeFile:
+        """A file to read parts of. Raises `FileNotFoundError`."""
+        return self._fs.open_input_file(self.path(name))
+
     def write(self, name: str, data: bytes) -> None:
         """Write a file that appears whole: by renaming on a disk, by nature on object storage."""
         target = self.path(name)

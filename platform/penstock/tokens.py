@@ -15,6 +15,9 @@ source is cut into rows on its own, and the train rows of all are permuted toget
 content and their shares: neither their order in the spec nor the scale of the weights matters, and a mixture of one is
 that dataset. A source with fewer train rows than its share gives them once more in another order, and again, up to
 `data.epochs` times; as the rows do not depend on that limit, no address does.
+
+With `data.activations` there is no train part: the store says in its place which activations are given (see `given`),
+and how many tokens each of their blocks has.
 """
 
 import itertools
@@ -137,7 +140,9 @@ def check_data(data: DataSpec, model: ModelSpec, train: TrainSpec, vocab_size: i
         if corpus.stream:
             corpus.probe()
     mixture = _Mixture(data, corpora)
-    builder = _Builder(data, train, tokenizer, mixture, set(SPLITS), vocab_size, _silent)
+    if data.activations is not None:
+        _given_part(data, train, tokenizer, vocab_size)
+    builder = _Builder(data, train, tokenizer, mixture, set(_made_splits(data)), vocab_size, _silent)
     small = [
         index for index, corpus in enumerate(mixture.corpora) if not corpus.stream and not builder.sees_plenty(index)
     ]
@@ -171,7 +176,7 @@ def build_token_store(
     mixture = _Mixture(data, open_corpora(data))
     tokenizer = load_tokenizer(model)
     _check_special_tokens(data, model, tokenizer)
-    parts = {split: _part_id(split, mixture.identity, tokenizer, data, train) for split in SPLITS}
+    parts = {split: _part_id(split, mixture.identity, tokenizer, data, train) for split in _made_splits(data)}
     missing = {split for split, part in parts.items() if not _is_whole(storage, part)}
     if missing:
         vocab_size = describe_model(model).vocab_size if any(corpus.holds_ids for corpus in mixture.corpora) else None
@@ -182,11 +187,13 @@ def build_token_store(
         "parts": parts,
         "context_size": data.context_size,
         "block_rows": data.block_rows,
-        "excluded_ids": list(tokenizer.special_ids) if data.exclude.special_tokens else [],
+        "excluded_ids": _excluded_ids(data, tokenizer),
         "first_positions": data.exclude.first_positions,
         "norm_over_median": data.exclude.norm_over_median,
         "seed": data.seed,
     }
+    if data.activations is not None:
+        description["activations"] = _given_part(data, train, tokenizer)
     store_id = _address(description)
     if not storage.is_committed(f"tokens/{store_id}"):
         storage.commit_folder(f"tokens/{store_id}", {"store.json": json.dumps(description, indent=1).encode()})
@@ -195,6 +202,26 @@ def build_token_store(
         if used.epochs > data.epochs:  # made for a run that allows more
             raise _too_few("train", corpus, used, data, train)
     return store
+
+
+def _made_splits(data: DataSpec) -> tuple[Split, ...]:
+    """The splits whose rows are made of the corpus: not those that are trained on where activations are given."""
+    return tuple(split for split in SPLITS if split != "train" or data.activations is None)
+
+
+def _given_part(
+    data: DataSpec, train: TrainSpec, tokenizer: Tokenizer, vocab_size: int | None = None
+) -> dict[str, Any]:
+    """What stands for the train part where activations are given."""
+    from penstock.given import open_given
+
+    given = open_given(data)
+    kept = given.kept_per_block(data, train, _excluded_ids(data, tokenizer), vocab_size)
+    return {"identity": given.identity, "kept_per_block": kept}
+
+
+def _excluded_ids(data: DataSpec, tokenizer: Tokenizer) -> list[int]:
+    return list(tokenizer.special_ids) if data.exclude.special_tokens else []
 
 
 def _check_special_tokens(data: DataSpec, model: ModelSpec, tokenizer: Tokenizer) -> None:
@@ -453,7 +480,8 @@ class _Builder:
         for content in supply.corpus.read():
             if not isinstance(content, str):
                 supply.check_ids(content)
-            missing[split_of_document(content)] -= len(content)
+            if (split := split_of_document(content)) in missing:
+                missing[split] -= len(content)
             seen += len(content)
             if seen > _COUNTED_SIZE or max(missing.values()) <= 0:
                 return True
@@ -772,6 +800,7 @@ class TokenStore:
 
     `id` is the address of the whole store. `train_id` identifies the train stream and nothing else: the rows in their
     order (by content), the blocks they form, which of their tokens are kept, and the seed of the blocks' permutations.
+    `given` identifies the activations that are given in place of train rows: None where there are none.
     """
 
     def __init__(self, storage: Storage, store_id: str) -> None:
@@ -786,8 +815,11 @@ class TokenStore:
         self._excluded_ids: list[int] = description["excluded_ids"]
         self._first_positions: int = description["first_positions"]
         self._parts = {split: _Part(storage, part) for split, part in description["parts"].items()}
-        stream = {key: value for key, value in description.items() if key != "parts"}
-        self.train_id = _address([self._parts["train"].content, stream])
+        given = description.get("activations", {})
+        self.given: str | None = given.get("identity")
+        self._given_kept: list[int] = given.get("kept_per_block", [])
+        stream = {key: value for key, value in description.items() if key not in ("parts", "activations")}
+        self.train_id = _address([self.given or self._parts["train"].content, stream])
 
     @staticmethod
     def open(storage: Storage, store_id: str) -> "TokenStore":
@@ -809,8 +841,8 @@ class TokenStore:
         return self._parts[split].column("document", start, stop)
 
     def sources(self, split: Split) -> list[UsedSource]:
-        """What each source gives to a split, in an order that their content decides."""
-        return self._parts[split].sources
+        """What each source gives to a split, in an order that their content decides; none to one that is given."""
+        return self._parts[split].sources if split in self._parts else []
 
     def source_of(self, split: Split, start: int, stop: int) -> np.ndarray:
         """int32 [stop - start]: the source of each row, an index into `sources`."""
@@ -830,7 +862,9 @@ class TokenStore:
 
     @cached_property
     def kept_per_block(self) -> np.ndarray:
-        """int64 [n_blocks]: kept tokens of each whole block of `block_rows` train rows."""
+        """int64 [n_blocks]: kept tokens of each whole block of `block_rows` train rows, or of each that is given."""
+        if self.given is not None:
+            return np.array(self._given_kept, dtype=np.int64)
         n_blocks = self.n_rows("train") // self.block_rows
         kept = self._parts["train"].column("kept", 0, n_blocks * self.block_rows)
         return kept.reshape(n_blocks, self.block_rows).sum(1, dtype=np.int64)
