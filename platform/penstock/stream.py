@@ -113,10 +113,10 @@ class Stream:
 
     async def forget(self, pack_id: str, block: int, arrays: Sequence[str], reason: str) -> None:
         """A pack could not read arrays of a block that was handed out."""
-        self.cost["blocks_lost"] += 1
-        self._log(f"block {block} is lost ({reason}); it is made again")
-        self.state.forget(block, arrays)
-        await self._notify()
+        if self.state.forget(pack_id, block, arrays):
+            self.cost["blocks_lost"] += 1
+            self._log(f"block {block} is lost ({reason}); it is made again")
+            await self._notify()
 
     async def next_block(self, pack_id: str, block: int, run: int, timeout: float = 20.0) -> dict[str, Any] | None:
         """The block, as soon as it is there; None after the timeout, which also keeps the lease."""

@@ -67,6 +67,7 @@ class Member:
     last_block: float = 0.0
     intervals: deque[float] = field(default_factory=lambda: deque(maxlen=16))
     pause_until: float = 0.0
+    taken: tuple[int, int] = (-1, 0)  # the block handed out last, and how many harvests there had been by then
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class StreamState:
         self.n_blocks = n_blocks
         self.window = window
         self.members: dict[str, Member] = {}
-        self.ready: dict[tuple[int, str], Any] = {}
+        self.ready: dict[tuple[int, str], tuple[int, Any]] = {}  # (number of the harvest, object)
         self.spooled: dict[str, BlockSet] = dict(spooled or {})
         self.pending: dict[str, Work] = {}  # by host
         self.idle_hosts: dict[str, None] = {}  # in the order they became idle
@@ -120,6 +121,7 @@ class StreamState:
         self._opened: dict[int, float] = {}  # cohort -> when it opened
         self._next_own_cohort = -1
         self._cohorts: dict[int, _Cohort] = {}
+        self._harvests = 0
         self._being_made: set[tuple[int, str]] = set()
         self._made: dict[str, BlockSet] = {}  # by array
 
@@ -176,12 +178,13 @@ class StreamState:
         within = block < self._limit(member.cohort)
         found = {}
         for name in member.arrays:
-            value = self.ready.get((block, name)) if within else None
-            if value is None:
-                if not self._in_spool(block, name):
-                    return None
-                value = IN_SPOOL
-            found[name] = value
+            if within and (block, name) in self.ready:
+                _, found[name] = self.ready[block, name]
+            elif self._in_spool(block, name):
+                found[name] = IN_SPOOL
+            else:
+                return None
+        member.taken = block, self._harvests
         return found
 
     def acknowledge(self, pack_id: str, block: int, now: float, run: int = 0) -> None:
@@ -266,8 +269,9 @@ class StreamState:
         self.blocks_remade += any(work.block in blocks for blocks in made)
         for blocks in made:
             blocks.add(work.block)
+        self._harvests += 1
         for name, value in objects.items():
-            self.ready[work.block, name] = value
+            self.ready[work.block, name] = self._harvests, value
         self._release()
 
     def failed(self, work: Work, reason: str) -> None:
@@ -282,12 +286,21 @@ class StreamState:
         """A host turns out to have gone before it was given the block, which is no fault of the block."""
         self._ended(work)
 
-    def forget(self, block: int, arrays: Iterable[str]) -> None:
-        """Arrays of a block cannot be read: they come from the spool instead, or are made again for whoever still needs
-        them."""
+    def forget(self, pack_id: str, block: int, arrays: Iterable[str]) -> bool:
+        """A pack cannot read arrays of the block it was handed out: they come from the spool instead, or are made again
+        for whoever still needs them. Whether that is news: others may have said so, and the arrays been made again."""
+        member, news = self.members.get(pack_id), False
+        if member is None or member.taken[0] != block:
+            return False
         for name in arrays:
-            if self.ready.pop((block, name), None) is None and name in self.spooled:
+            if (block, name) in self.ready:
+                if self.ready[block, name][0] <= member.taken[1]:
+                    del self.ready[block, name]
+                    news = True
+            elif self._in_spool(block, name):
                 self.spooled[name].discard(block)
+                news = True
+        return news
 
     # ---- inside ----
 

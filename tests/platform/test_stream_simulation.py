@@ -28,6 +28,7 @@ class Simulation:
         self.run = dict.fromkeys(PACKS, 0)
         self.next = dict.fromkeys(PACKS, 0)  # the block that the pack needs next
         self.seen = {pack: [[]] for pack in PACKS}  # by run
+        self.lost: set[tuple] = set()  # objects
         self.waiting: set[str] = set()
         self.to_hang: set[str] = set()
         self.left = set(PACKS)
@@ -90,11 +91,12 @@ class Simulation:
             self.state.failed(work, "died")
             self.later(self.random.uniform(30.0, 90.0), self.host_back, work.host, stream)
         else:
-            objects = {name: (work.block, name) for name in work.arrays}
-            for key in objects.values():
+            keys = [(work.block, name) for name in work.arrays]
+            for key in keys:
                 self.makings[key] = self.makings.get(key, 0) + 1
+            objects = {key[1]: (*key, self.stream, self.makings[key]) for key in keys}
             if self.spool:
-                self.files.update(objects.values())
+                self.files.update(keys)
             self.state.produced(work, objects, work.arrays if self.spool else ())
             for pack in sorted(self.waiting):
                 if self.next[pack] == work.block:
@@ -127,10 +129,12 @@ class Simulation:
             return
         if found is None:
             return
-        if found[name] == IN_SPOOL and (block, name) not in self.files:
-            self.state.forget(block, [name])
+        if found[name] in self.lost or (found[name] == IN_SPOOL and (block, name) not in self.files):
+            self.happened["objects"] += found[name] in self.lost
+            self.state.forget(pack, block, [name])
+            self.changed()
             return
-        assert found in ({name: IN_SPOOL}, {name: (block, name)})
+        assert found.keys() == {name} and (found[name] == IN_SPOOL or found[name][:2] == (block, name))
         self.waiting.discard(pack)
         self.seen[pack][-1].append(block)
         seconds = self.random.uniform(*STEP_SECONDS)
@@ -176,8 +180,8 @@ class Simulation:
             else:
                 self.to_hang.add(pack)
         elif kind == "objects" and self.state.ready:
-            block, name = self.random.choice(sorted(self.state.ready))
-            self.state.forget(block, [name])
+            key = self.random.choice(sorted(self.state.ready))
+            self.lost.add(self.state.ready[key][1])
         elif kind == "files" and self.files:
             for key in self.random.sample(sorted(self.files), 20):
                 self.files.discard(key)
@@ -186,7 +190,7 @@ class Simulation:
             self.new_stream()
         else:
             kind = None
-        if kind:
+        if kind and kind != "objects":
             self.happened[kind] += 1
         self.changed()
         self.later(self.random.uniform(20.0, 60.0), self.misfortune)

@@ -64,6 +64,12 @@ def read(state, pack, first, stop, now=1.0, run=0):
     return made
 
 
+def lose(state, pack, block, *arrays):
+    """The pack takes the block, and cannot read these arrays of it."""
+    assert state.take(pack, block, 1.0) is not None
+    assert state.forget(pack, block, arrays)
+
+
 def blocks_held(state):
     return {block for block, _ in state.ready} | {work.block for work in state.pending.values()}
 
@@ -134,7 +140,7 @@ def test_taking_and_acknowledging_again_changes_nothing():
 def test_a_pack_of_two_arrays_waits_for_both():
     state = attached({"a": [A], "both": [A, B]}, hosts=2)
     produce_all(state)
-    state.forget(0, [B])
+    lose(state, "both", 0, B)
     assert state.take("both", 0, 1.0) is None and state.take("a", 0, 1.0) is not None
     assert produce_all(state) == [(0, (B,))]
     assert state.take("both", 0, 1.0) == {A: f"{A}@0", B: f"{B}@0"}
@@ -428,8 +434,8 @@ def test_a_block_that_succeeds_has_no_strikes_any_more():
         state.failed(state.next_work(), "died")
         state.host_up("host-0")
     produce_all(state)
+    lose(state, "a", 0, A)
     for _ in range(STRIKES - 1):
-        state.forget(0, [A])
         state.failed(state.next_work(), "died")
         state.host_up("host-0")
     assert state.fatal is None
@@ -481,16 +487,37 @@ def test_a_block_lost_from_the_store_is_made_again():
     state = two_packs()
     state.attach("a", [A], 0, 0.0)
     produce_all(state)
-    state.forget(0, [A])
+    lose(state, "a", 0, A)
     assert state.take("a", 0, 1.0) is None
     assert produce_all(state) == [(0, (A,))]
     assert state.blocks_remade == 1
 
 
+def test_a_block_is_made_again_once_however_many_packs_find_that_it_is_lost():
+    packs = [f"pack-{index}" for index in range(9)]
+    state = attached({pack: [A] for pack in packs})
+    produce_all(state)
+    lost = [state.take(pack, 0, 1.0) for pack in packs]
+    assert all(one is not None for one in lost)
+    for pack in packs:  # one after the other, long after the first
+        state.forget(pack, 0, [A])
+        produce_all(state)
+    assert state.blocks_remade == 1
+    lose(state, packs[3], 0, A)  # the second one is lost as well
+    assert produce_all(state) == [(0, (A,))]
+
+
+def test_what_the_stream_has_not_handed_out_cannot_be_lost():
+    state = attached({"a": [A]})
+    produce_all(state)
+    assert not state.forget("a", 0, [A]) and not state.forget("unknown", 0, [A])
+    assert state.take("a", 0, 1.0) is not None
+
+
 def test_a_lost_block_that_nobody_needs_is_not_made_again():
     state = attached({"a": [A]})
     read(state, "a", 0, 1)
-    state.forget(0, [A])
+    state.forget("a", 0, [A])
     assert all(block > 0 for block, _ in produce_all(state))
 
 
@@ -532,14 +559,14 @@ def test_a_block_found_in_the_spool_by_the_host_was_not_made():
 def test_an_object_that_is_lost_is_read_in_the_spool_if_it_lies_there():
     state = attached({"a": [A]})
     produce_all(state, spool=True)
-    state.forget(0, [A])
+    lose(state, "a", 0, A)
     assert state.take("a", 0, 1.0) == {A: IN_SPOOL}
     assert produce_all(state) == []
 
 
 def test_a_lost_spooled_block_is_made_again():
     state = attached({"a": [A]}, spooled={A: BlockSet(8, range(8))})
-    state.forget(0, [A])
+    lose(state, "a", 0, A)
     assert state.take("a", 0, 1.0) is None
     assert produce_all(state, spool=True) == [(0, (A,))]
     assert state.take("a", 0, 1.0) == {A: f"{A}@0"}
@@ -547,11 +574,11 @@ def test_a_lost_spooled_block_is_made_again():
 
 def test_blocks_remade_counts_what_was_made_before_and_nothing_else():
     state = attached({"a": [A]}, n_blocks=40, spooled={A: BlockSet(40, range(5))})
-    state.forget(1, [A])  # was in the spool, and has never been made
     state.acknowledge("a", 0, 1.0)
+    lose(state, "a", 1, A)  # was in the spool, and has never been made
     assert [block for block, _ in produce_all(state)] == [1]
     assert state.blocks_remade == 0
-    state.forget(1, [A])
+    lose(state, "a", 1, A)
     state.failed(state.next_work(), "died")  # the attempt is none
     state.host_up("host-0")
     assert state.blocks_remade == 0
@@ -712,7 +739,7 @@ class RandomStream(RuleBasedStateMachine):
             for name, one in found.items():
                 assert one in (IN_SPOOL, (name, block))
             if gone:
-                self.state.forget(block, gone)
+                assert self.state.forget(pack, block, gone)
                 return
             self.state.acknowledge(pack, block, self.now, run)
             self.positions[pack] += 1
@@ -823,12 +850,15 @@ class RandomStream(RuleBasedStateMachine):
 
     # -- losses --
 
-    @precondition(lambda self: self.state.ready)
+    @precondition(lambda self: self.positions and self.state.ready)
     @rule(data=st.data())
     def object_is_lost(self, data):
-        block, name = data.draw(st.sampled_from(sorted(self.state.ready)))
-        self.lost = {(block, name)}
-        self.state.forget(block, [name])
+        """A pack says that it cannot read what it was handed out, whether or not it has just heard of it."""
+        pack = data.draw(st.sampled_from(sorted(self.positions)))
+        key = data.draw(st.sampled_from(sorted(self.state.ready)))
+        self.lost = {key}
+        if self.state.forget(pack, key[0], [key[1]]):
+            assert key not in self.state.ready and key[1] in PACKS[pack]
 
     @precondition(lambda self: self.files)
     @rule(data=st.data())
