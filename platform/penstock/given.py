@@ -115,7 +115,7 @@ class GivenStream:
         n_blocks = len(self.kept_per_block(spec.data, spec.train))
         for array, d in widths.items():
             if array not in self._blocks:
-                raise DataError(f"hook_points: {self._named} has no {array!r}; it has {_some(list(self._blocks))}")
+                raise DataError(f"hook_points: {self._named} has no {array!r}; accepted: {_some(list(self._blocks))}")
             missing = sorted(set(range(n_blocks)) - self._blocks[array])
             if missing:
                 raise DataError(f"train.tokens {spec.train.tokens} takes blocks 0 to {n_blocks - 1}, and {self._named} "
@@ -206,7 +206,7 @@ class GivenRows:
         for array, d in widths.items():
             hook_point, _ = parse_array(array)
             if hook_point not in self._columns:
-                raise DataError(f"hook_points: {self._named} has no column {hook_point!r} of activations; it has "
+                raise DataError(f"hook_points: {self._named} has no column {hook_point!r} of activations; accepted: "
                                 f"{_some(sorted(self._columns))}")  # fmt: skip
             column = self._columns[hook_point]
             if column.d != d:
