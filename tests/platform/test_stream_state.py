@@ -655,7 +655,7 @@ def test_a_set_of_blocks_is_a_set(n_blocks):
 # ---- random events --------------------------------------------------------------------------------------------------
 
 PACKS = {"a": (A,), "a2": (A,), "b": (B,), "ab": (A, B), "b2": (B,), "late": (A,), "later": (B, A)}
-N_BLOCKS = 9
+N_BLOCKS = 16
 
 
 class RandomStream(RuleBasedStateMachine):
@@ -710,7 +710,7 @@ class RandomStream(RuleBasedStateMachine):
         self.positions[pack] = cursor
         self.joined = True
 
-    @rule(pack=st.sampled_from(sorted(PACKS)), back=st.integers(0, 4))
+    @rule(pack=st.sampled_from(sorted(PACKS)), back=st.integers(0, 16))
     def pack_starts_or_restarts(self, pack, back):
         """From a checkpoint that stands somewhere before the block it was at."""
         self.runs[pack] += 1
@@ -723,6 +723,17 @@ class RandomStream(RuleBasedStateMachine):
         pack = data.draw(st.sampled_from(sorted(self.positions)))
         for _ in range(times):
             self.read(pack)
+
+    @precondition(lambda self: self.positions)
+    @rule(data=st.data(), times=st.integers(1, 12))
+    def pack_goes_on_while_blocks_are_made(self, data, times):
+        pack = data.draw(st.sampled_from(sorted(self.positions)))
+        for _ in range(times):
+            self.hosts_are_given_work(2)
+            while self.working:
+                self.finish(self.working.pop())
+            self.read(pack)
+            self.nothing_lies_there_but_what_a_cohort_needs_within_its_share()
 
     def read(self, pack):
         """As the client does it."""
@@ -856,9 +867,9 @@ class RandomStream(RuleBasedStateMachine):
         """A pack says that it cannot read what it was handed out, whether or not it has just heard of it."""
         pack = data.draw(st.sampled_from(sorted(self.positions)))
         key = data.draw(st.sampled_from(sorted(self.state.ready)))
-        self.lost = {key}
-        if self.state.forget(pack, key[0], [key[1]]):
-            assert key not in self.state.ready and key[1] in PACKS[pack]
+        if key[1] in PACKS[pack] and self.state.forget(pack, key[0], [key[1]]):
+            assert key not in self.state.ready
+            self.lost = {key}
 
     @precondition(lambda self: self.files)
     @rule(data=st.data())
