@@ -181,7 +181,7 @@ class StreamActor:
         spool, blocks = config.source.spool, config.n_blocks
         spooled = {
             name: BlockSet(blocks, (block for block in spool.blocks(name) if block < blocks)) for name in arrays
-        } if spool else {}  # fmt: skip
+        } if spool else None  # fmt: skip
         state = StreamState(blocks, config.window, spooled=spooled, lease_seconds=config.lease_seconds)
         self._stream = Stream(state)
         self._meters = Meters(config.name)
@@ -196,7 +196,7 @@ class StreamActor:
             state.open_cohort(0, time.monotonic())
 
     async def set_hosts(self, names: Sequence[str]) -> list[str]:
-        """From now on these hosts make the blocks; the names of those that have left. Calling it again changes
+        """From now on these hosts make the blocks; the names of others that are still at one. Calling it again changes
         nothing."""
         if not self._tasks:
             self._tasks = [asyncio.ensure_future(self._stream.pump()), asyncio.ensure_future(self._measure())]

@@ -86,7 +86,7 @@ class Fleet:
         """Tell the stream which hosts there are, and end those that have left it."""
         import ray
 
-        left = ray.get(self.stream.set_hosts.remote(list(self.hosts)), timeout=CALL_SECONDS)
-        for name in [name for name in self._leaving if name in left]:
+        busy = ray.get(self.stream.set_hosts.remote(list(self.hosts)), timeout=CALL_SECONDS)
+        for name in [name for name in self._leaving if name not in busy]:
             ray.kill(self._leaving.pop(name))
             self._say(f"model host {name} has left")

@@ -42,7 +42,7 @@ class Meters:
         self._counters = {name: counter(name, about) for name, about in COUNTED.items()}
         self._of_packs = {name: counter(name, about, "pack") for name, about in COUNTED_OF_PACKS.items()}
         self._window = gauge("window_occupancy", "blocks in the object store, as a share of the window")
-        self._hosts = gauge("model_hosts", "model hosts, by whether they work, idle or start", "state")
+        self._hosts = gauge("model_hosts", "model hosts that work, idle, start, or could not be built", "state")
         self._lag = gauge("consumer_lag_blocks", "blocks that a pack is behind the foremost one", "pack")
         self._shown: dict[tuple[str, str], float] = {}
 
@@ -53,8 +53,11 @@ class Meters:
             self._raise(counter, (name, ""), total, {})
         status = stream.status()
         self._window.set(status["blocks_in_store"] / status["window"])
-        states = ["working" if state.startswith("block") else state for state in status["hosts"].values()]
-        for state in ("working", "idle", "starting"):
+        states = [
+            "broken" if name in stream.broken else "working" if state.startswith("block") else state
+            for name, state in status["hosts"].items()
+        ]
+        for state in ("working", "idle", "starting", "broken"):
             self._hosts.set(states.count(state), {"state": state})
         for pack_id, pack in status["packs"].items():
             self._lag.set(pack["lag"] if pack["status"] == "live" else 0, {"pack": pack_id})

@@ -85,17 +85,16 @@ class Stream:
 
     async def set_hosts(self, hosts: Mapping[str, Host]) -> list[str]:
         """From now on these hosts make the blocks. New ones join as soon as they answer; others finish the block at
-        hand and leave. The names of those that have left and may be ended."""
+        hand and leave. The names of those that are still at it; others that are not named may be ended."""
         for name, host in hosts.items():
             if name not in self.hosts:
                 self.hosts[name] = host
                 self._start(self._bring_back(name))
-        left = [name for name in self.hosts if name not in hosts and self.state.retire_host(name)]
-        for name in left:
+        for name in [name for name in self.hosts if name not in hosts and self.state.retire_host(name)]:
             del self.hosts[name]
         self._check_hosts()
         await self._notify()
-        return left
+        return [name for name in self.hosts if name not in hosts]
 
     # ---- consumers ----
 

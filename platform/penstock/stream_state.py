@@ -93,7 +93,8 @@ class StreamState:
     Args:
         n_blocks: of the run.
         window: blocks (of all arrays) that may stand beyond the slowest consumer.
-        spooled: the blocks of each array that lie in the spool.
+        spooled: the blocks of each array that lie in the spool; None where there is no spool. With one, whoever needs a
+            block first has it made at the hook points of later waves too: one forward pass, read from the spool later.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class StreamState:
         self.members: dict[str, Member] = {}
         self.ready: dict[tuple[int, str], tuple[int, Any]] = {}  # (number of the harvest, object)
         self.spooled: dict[str, BlockSet] = dict(spooled or {})
+        self._made_along: set[str] | None = None if spooled is None else set()  # arrays of packs that were announced
         self.pending: dict[str, Work] = {}  # by host
         self.idle_hosts: dict[str, None] = {}  # in the order they became idle
         self.retiring: set[str] = set()
@@ -131,6 +133,8 @@ class StreamState:
         """Announce the packs of a wave: until they attach, or the barrier ends, their blocks are kept for them."""
         for pack_id, arrays in packs.items():
             self.members[pack_id] = Member(pack_id, tuple(arrays), cohort, cursors.get(pack_id, 0))
+            if self._made_along is not None:
+                self._made_along.update(arrays)
 
     def open_cohort(self, cohort: int, now: float) -> None:
         """From now on blocks are made for the cohort; `BARRIER_SECONDS` later it waits for nobody."""
@@ -241,8 +245,7 @@ class StreamState:
             limit = min(self._limit(number), self.n_blocks)
             for name, lowest in cohort.lowest.items():
                 for block in range(lowest, limit):
-                    key = block, name
-                    if key not in self.ready and key not in self._being_made and not self._in_spool(block, name):
+                    if self._is_missing(block, name):
                         wanted.setdefault(block, set()).add(name)
                         urgency = block - lowest, turn, block, number
                         best = min(best, urgency) if best else urgency
@@ -251,7 +254,8 @@ class StreamState:
         *_, block, number = best
         self._cohorts[number] = self._cohorts.pop(number)  # of equal urgency, the others come first next time
         host = next(iter(self.idle_hosts))
-        work = Work(host, block, tuple(sorted(wanted[block])))
+        along = {name for name in self._made_along or () if self._is_missing(block, name)}
+        work = Work(host, block, tuple(sorted(wanted[block] | along)))
         del self.idle_hosts[host]
         self.pending[host] = work
         self._being_made.update((block, name) for name in work.arrays)
@@ -320,6 +324,10 @@ class StreamState:
     def _check_run(self, member: Member, run: int) -> None:
         if run < member.run:
             raise SupersededError(f"run {run} of pack {member.pack_id}: run {member.run} has taken over")
+
+    def _is_missing(self, block: int, name: str) -> bool:
+        key = block, name
+        return key not in self.ready and key not in self._being_made and not self._in_spool(block, name)
 
     def _in_spool(self, block: int, name: str) -> bool:
         return name in self.spooled and block in self.spooled[name]

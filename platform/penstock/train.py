@@ -57,7 +57,7 @@ class PackJob:
 
 
 def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
-    """The whole life of a pack on its worker; why it has to be split, where its SAEs do not fit together."""
+    """The whole life of a pack on its worker; why its SAEs do not fit it, where they do not."""
     client = StreamClient(stream, job.pack_id, job.hook_points, fence.run, job.spool)
     try:
         check_code(job.code)
@@ -67,12 +67,11 @@ def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
     except UserError as error:  # trying again would not help: the driver ends the sweep
         client.emit({"kind": "fatal", "reason": str(error)})
     except Exception as error:
-        alone = sum(not has_ended(job.storage, member.sae_id) for member in job.members) < 2
-        if alone or not (isinstance(error, PackOutOfMemoryError) or is_out_of_memory(error)):
+        if not (isinstance(error, PackOutOfMemoryError) or is_out_of_memory(error)):
             raise
         traceback.print_exception(error)
-        client.close()
-        return str(error)
+        client.flush(PAUSE_SECONDS)
+        return f"out of memory: {' '.join(str(error).split())}"
     client.close()
     return None
 

@@ -16,6 +16,7 @@ MODEL = ModelDescription(
 SPEC = """\
 name: plan
 hook_points: [HOOKS]
+data: {block_tokens: 65536}
 train: {tokens: 1M, batch_tokens: 1024}
 saes:
   - ENTRY

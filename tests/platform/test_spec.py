@@ -33,6 +33,16 @@ def test_counts_and_axes_are_read():
     assert settings[1] == {"architecture": "topk", "d_sae": 1024, "k": 8, "seed": 1}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "block"), [("16k", 65_536), ("500k", 65_536), ("1M", 125_000), ("10M", 262_144), ("1B", 262_144)]
+)
+def test_a_block_is_an_eighth_of_the_run_within_bounds_unless_given(tokens, block):
+    text = GOOD.replace("500k", tokens)
+    assert parse_spec(text).data.block_tokens == block
+    assert parse_spec(text + "data: {seed: 1}\n").data.block_tokens == block
+    assert parse_spec(text + "data: {block_tokens: 32k}\n").data.block_tokens == 32_000
+
+
 def test_axes_expand_in_the_order_written():
     expanded = list(expand_axes({"d_sae": ["4x", "8x"], "k": [1, 2]}, d_in=10))
     assert [(one["d_sae"], one["k"]) for one in expanded] == [(40, 1), (40, 2), (80, 1), (80, 2)]

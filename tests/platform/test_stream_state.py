@@ -556,6 +556,32 @@ def test_a_block_found_in_the_spool_by_the_host_was_not_made():
     assert state.take("a", 0, 1.0) == {A: IN_SPOOL} and not state.ready
 
 
+def test_with_a_spool_one_forward_pass_serves_the_hook_points_of_later_waves_too():
+    state = StreamState(4, 3, spooled={})
+    state.expect({"a": [A]}, cohort=0, cursors={})
+    state.expect({"b": [B]}, cohort=1, cursors={})
+    state.open_cohort(0, 0.0)
+    state.host_up("host")
+    state.attach("a", [A], 0, 0.0)
+    made = []
+    for block in range(4):
+        made += produce_all(state, spool=True)
+        state.acknowledge("a", block, 1.0)
+    assert made == [(block, (A, B)) for block in range(4)]
+    assert not state.ready  # what only the later wave reads is not kept in the object store
+    state.attach("b", [B], 0, 2.0)
+    assert produce_all(state) == [] and state.take("b", 3, 2.0) == {B: IN_SPOOL}
+
+
+def test_without_a_spool_only_hook_points_with_consumers_are_harvested():
+    state = StreamState(4, 3)
+    state.expect({"a": [A]}, cohort=0, cursors={})
+    state.expect({"b": [B]}, cohort=1, cursors={})
+    state.open_cohort(0, 0.0)
+    state.host_up("host")
+    assert produce_all(state) == [(block, (A,)) for block in range(3)]
+
+
 def test_an_object_that_is_lost_is_read_in_the_spool_if_it_lies_there():
     state = attached({"a": [A]})
     produce_all(state, spool=True)

@@ -77,3 +77,12 @@ def penstock(*arguments, home, **options) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "penstock.cli", *map(str, arguments), "--home", str(home)],
         capture_output=True, text=True, timeout=300, cwd=home.parent, check=False, **options,
     )  # fmt: skip
+
+
+def wait_for(condition, process, log, seconds=200.0):
+    """Return once a condition holds; fail with the log when the process has ended, or after so long."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, log.read_text()
+        assert process is None or process.poll() is None, log.read_text()
+        time.sleep(0.2)

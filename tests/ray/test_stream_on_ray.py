@@ -144,19 +144,20 @@ def test_hosts_join_and_leave_while_blocks_are_read(start):
     stream, hosts = start({"a": [A]}, n_blocks=12, seconds=0.05)
     name = f"host-{uuid.uuid4().hex[:8]}"
     joined = NumberHost.options(name=name).remote((), 0.05)
-    first, left = next(iter(hosts)), set()
+    first, left = next(iter(hosts)), []
 
     def scale(block):
         if block == 3:
             ray.get(stream.set_hosts.remote([first, name]))
         if block >= 6 and not left:
-            left.update(ray.get(stream.set_hosts.remote([name])))
-            if left:
+            busy = ray.get(stream.set_hosts.remote([name]))
+            if not busy:
+                left.append(first)
                 ray.kill(hosts[first])
 
     assert read_all(stream, "a", [A], 12, between=scale) == list(range(12))
     found = collect(stream)
-    assert left == {first} and list(found["status"]["hosts"]) == [name]
+    assert left == [first] and list(found["status"]["hosts"]) == [name]
     assert found["cost"]["blocks_made"] == 12
     ray.kill(joined)
 

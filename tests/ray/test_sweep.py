@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.numpy import load_file
 import penstock as platform_api
 import sae_core
 from penstock.home import Home
-from ray_head import ROOT, SPEC, penstock
+from ray_head import ROOT, SPEC, penstock, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -163,14 +162,6 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
     history = json.loads(next(broken.glob("saes/*/final/summary.json")).read_text())["history"]
     tokens = [row["tokens"] for row in history]
     assert tokens == sorted(set(tokens))
-
-
-def wait_for(condition, process, log, seconds=200.0):
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline, log.read_text()
-        assert process is None or process.poll() is None, log.read_text()
-        time.sleep(0.2)
 
 
 def test_ray_job_submit_streams_the_log_and_tells_the_truth(submitted, head, tmp_path):
