@@ -131,6 +131,18 @@ def test_the_mixing_benchmark_compares_block_sizes_with_a_full_shuffle(tmp_path)
     assert figures["block 4,096, memory at d_in 128"]["value"] == pytest.approx(4096 * 128 * 4 / 1e6)
 
 
+def test_the_stream_benchmark_hands_blocks_out_on_a_ray_of_its_own(tmp_path):
+    _, figures = quick_run("stream", tmp_path, versions=("penstock", "ray", "torch"), OMP_NUM_THREADS="1")
+    for name in ("harvest against the bare forward pass", "rate to one consumer against bare Ray, blocks of 1.0 MB",
+                 "spool, read with checksums against plain, blocks of 1.0 MB"):  # fmt: skip
+        assert figures[f"{name}, ours"]["value"] > 0 and figures[f"{name}, opponent"]["value"] > 0
+    # What no other load on the machine can change.
+    assert figures["written to the store for 2 consumers against activations, ratio"]["value"] < 1.05
+    twice = figures["batches trained on twice after a kill against those since the checkpoint, ours"]["value"]
+    assert twice == 3  # saved after 12 of 24 steps, killed after 15
+    assert figures["memory of the state against its limit, ratio"]["value"] < 1
+
+
 def test_a_verdict_needs_a_difference_beyond_the_noise(monkeypatch):
     pytest.importorskip("scipy", reason="comes with sae_lens")
     monkeypatch.syspath_prepend(ROOT / "jobs/benchmarks")
