@@ -12,7 +12,7 @@ Rows (`--only` takes their names):
   rate      blocks of 16 MB through the stream to one consumer, against the same actor's arrays asked for by the
             consumer itself, with as many calls under way as the stream has blocks in its window; on both sides the
             consumer reads a value of each page
-  waiting   how long a consumer waits for blocks that only need to be handed out, while it trains a TopK SAE on them
+  waiting   how long a consumer waits for blocks that only need to be handed out, while it trains two TopK SAEs on them
   store     what is written to the object store while four consumers on one node read the same blocks, by the store's
             own counter, against the activations that were made
   resume    batches that are trained on twice when a pack's worker is killed by SIGKILL between two checkpoints,
@@ -73,7 +73,7 @@ class Size:
     state_blocks: int
 
 
-FULL = Size(16_384, 32_768, 96, 12, 4, 131_072, 4, 1_000_000)
+FULL = Size(16_384, 32_768, 96, 10, 4, 131_072, 4, 1_000_000)
 QUICK = Size(1024, 2048, 12, 3, 2, 2048, 2, 10_000)
 
 

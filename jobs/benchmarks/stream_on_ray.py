@@ -33,7 +33,7 @@ from sae_core import SAETrainer, TrainingSettings, calibrate, parse_settings
 ARRAY = "blocks.4.hook_resid_post"
 D_IN = 128
 BATCH_TOKENS = 512
-SAE = {"architecture": "topk", "d_sae": 1024, "k": 16}
+SAES = tuple({"architecture": "topk", "d_sae": 1024, "k": k} for k in (16, 32))
 N_PREPARED = 4  # arrays that the host hands out in turn
 WINDOW = 8  # what a sweep has where the store holds more than it
 PAGE = 4096
@@ -99,10 +99,13 @@ class Consumer:
         for block, arrays in client.blocks(first, stop):
             x = torch.from_numpy(arrays.pop(ARRAY))
             if block == first:
-                trainer = SAETrainer(parse_settings(SAE), _training(10_000), calibrate(x))
+                settings = [parse_settings(one) for one in SAES]
+                trainers = [SAETrainer(one, _training(10_000), calibrate(x)) for one in settings]
                 begun, waited = time.perf_counter(), client.about["wait_seconds"]
             for start in range(0, len(x), BATCH_TOKENS):
-                trainer.train_step(x[start : start + BATCH_TOKENS].clone())
+                batch = x[start : start + BATCH_TOKENS].clone()
+                for trainer in trainers:
+                    trainer.train_step(batch)
                 client.keep_alive()
             del x
         found = {"waiting": client.about["wait_seconds"] - waited, "all": time.perf_counter() - begun}
@@ -219,7 +222,7 @@ class Benchmark:
         killed_at = (saved_at[1] + saved_at[2]) // 2
         storage, log, pack_id = Storage(f"{folder}/storage"), Path(folder) / "steps", self.pack_id()
         job = train.PackJob(
-            pack_id=pack_id, members=(PackMember("sae", ARRAY, ARRAY, parse_settings(SAE)),), hook_points=(ARRAY,),
+            pack_id=pack_id, members=(PackMember("sae", ARRAY, ARRAY, parse_settings(SAES[0])),), hook_points=(ARRAY,),
             training=_training(steps),
             schedule=Schedule(kept, BATCH_TOKENS, steps), storage=storage, calibration_folder="calibration",
             dtype="float32", checkpoints=checkpoints, micro_batch_tokens=None, threads=1, saes_at_once=1, on_gpu=False,
