@@ -39,6 +39,8 @@ def connect(address: str | None) -> bool:
         return True
     import ray
 
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     environment: dict[str, Any] = {}
     if "PENSTOCK_SUBMITTED" not in os.environ:  # a job of `penstock submit` brings all of this along
         environment = {"env_vars": ENVIRONMENT, "py_modules": packages()}

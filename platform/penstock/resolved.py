@@ -103,11 +103,13 @@ class ResolvedSweep:
 
     def spool(self, n_waves: int) -> SpooledStream | None:
         """Where blocks are kept on disk: where the spec says, else in the storage if there is more than one wave, so
-        that none is made twice. Activations that are given lie on disk already."""
+        that none is made twice, or if a harvest has put some there. Activations that are given lie on disk already."""
         data = self.spec.data
         if data.activations is not None:
             return None
-        if data.spool == "off" or (data.spool is None and n_waves < 2):
+        if data.spool == "off":
+            return None
+        if data.spool is None and n_waves < 2 and not self.storage.exists(f"spool/{self.stream_id}"):
             return None
         storage = Storage(self.home.storage_uri(data.spool)) if data.spool else self.storage.at("spool")
         return Spool(storage, int(data.spool_gb * 1e9)).stream(self.stream_id)

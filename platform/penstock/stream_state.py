@@ -147,13 +147,15 @@ class StreamState:
 
         Raises `SupersededError` when a later run of the pack is there.
         """
-        member = self.members.get(pack_id)
-        if member is None or member.status in ("gone", "done"):
+        before = self.members.get(pack_id)
+        if before is not None:
+            self._check_run(before, run)
+        if before is None or before.status in ("gone", "done") or self._has_passed(before, cursor):
             self._next_own_cohort -= 1
-            runs_before = member.run if member else 0
-            member = Member(pack_id, tuple(arrays), self._next_own_cohort, cursor, runs_before)
-        self._check_run(member, run)
-        self.members[pack_id] = member
+            self.members[pack_id] = Member(pack_id, tuple(arrays), self._next_own_cohort, cursor)
+            if before is not None:
+                self._update(before.cohort)
+        member = self.members[pack_id]
         member.status, member.cursor, member.run = "live", cursor, run
         member.last_progress = member.last_block = now
         member.pause_until = 0.0
@@ -311,6 +313,11 @@ class StreamState:
     def _ended(self, work: Work) -> None:
         del self.pending[work.host]
         self._being_made.difference_update((work.block, name) for name in work.arrays)
+
+    def _has_passed(self, member: Member, cursor: int) -> bool:
+        """Whether the others of a live member's cohort need the block at the cursor no more: they do not wait for it."""
+        others = [one.cursor for one in self._active(member.cohort) if one is not member]
+        return member.status == "live" and cursor < min(others, default=0)
 
     def _live(self, pack_id: str, run: int) -> Member:
         member = self.members.get(pack_id)

@@ -5,6 +5,7 @@ Light on purpose: the trial's process and Ray Train's controller load this modul
 worker needs travels pickled, and only the worker opens it.
 """
 
+import contextlib
 import logging
 import pickle
 import threading
@@ -66,6 +67,7 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream:
     while True:
         before = progress(job)
         fence = job.fence.of(job.pack_id, time.time_ns())
+        _end_earlier_run(fence)
         fence.close_to_others()
         trainer = DataParallelTrainer(
             run_worker,
@@ -113,12 +115,35 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream:
 
 def run_worker(config: Mapping[str, Any]) -> None:
     """What Ray Train runs on the pack's worker."""
+    from ray.util import get_current_placement_group
+
     from penstock.train import train_pack
 
     job, fence = config["job"], config["fence"]
+    job.storage.write_json(_group_file(fence), {"placement_group": get_current_placement_group().id.hex()})
     reason = train_pack(pickle.loads(job.work).part(job.pack_id, job.sae_ids), config["stream"], fence)
     if reason is not None:
         job.storage.write_json(_split_file(fence), {"reason": reason})
+
+
+def _end_earlier_run(fence: Fence) -> None:
+    """Free what an earlier run of the pack holds, its worker included, in case its trial was killed.
+
+    Ray Train leaves that to a process which asks the cluster's State API; it has none to ask, or another cluster's,
+    where several run on one machine, and the next run would wait for its resources for ever.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if fence.storage.exists(_group_file(fence)):
+        group = fence.storage.read_json(_group_file(fence))["placement_group"]
+        fence.storage.remove(_group_file(fence))
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # of a cluster that is gone
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+
+def _group_file(fence: Fence) -> str:
+    return fence.run_file.replace(".json", "-group.json")
 
 
 def _split_file(fence: Fence) -> str:

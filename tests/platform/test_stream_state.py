@@ -556,6 +556,28 @@ def test_a_block_found_in_the_spool_by_the_host_was_not_made():
     assert state.take("a", 0, 1.0) == {A: IN_SPOOL} and not state.ready
 
 
+def test_a_pack_that_restarts_at_a_checkpoint_within_its_lease_holds_nobody_up():
+    state = attached({"a": [A], "b": [A]}, window=4, n_blocks=20)
+    for block in range(10):
+        produce_all(state)
+        for pack in ("a", "b"):
+            state.acknowledge(pack, block, 1.0)
+    state.attach("a", [A], 2, 2.0)
+    assert read(state, "b", 10, 20, now=3.0)  # to the end, before the other one has read anything
+    state.detach("b")
+    assert [block for block, _ in read(state, "a", 2, 20, now=4.0)][-1] == 19
+
+
+def test_a_pack_that_restarts_where_others_still_are_stays_with_them():
+    state = attached({"a": [A], "b": [A]}, window=4)
+    produce_all(state)
+    state.acknowledge("a", 0, 1.0)
+    state.acknowledge("a", 1, 1.0)
+    state.attach("a", [A], 0, 2.0)
+    assert state.members["a"].cohort == state.members["b"].cohort
+    assert produce_all(state) == []  # all it needs is there
+
+
 def test_with_a_spool_one_forward_pass_serves_the_hook_points_of_later_waves_too():
     state = StreamState(4, 3, spooled={})
     state.expect({"a": [A]}, cohort=0, cursors={})

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_head import SPEC, Head, free_port, wait_for_dashboard
+from ray_head import SPEC, Head, free_port, penstock, wait_for_dashboard
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +64,17 @@ def write_spec(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def submitted(head, tmp_path_factory):
+    """A finished sweep, submitted with `penstock submit --follow`, its blocks in a spool beside its home: (home, spec,
+    what was printed)."""
+    folder = tmp_path_factory.mktemp("submitted")
+    spec = folder / "small.yaml"
+    text = SPEC.replace("TOKENS", "16k").replace("CHECKPOINTS", "1")
+    spec.write_text(text.replace("block_tokens", f"spool: {folder / 'spool'}, block_tokens"))
+    home = folder / "home"
+    done = penstock("submit", spec, "--address", head.jobs, "--follow", home=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home, spec, done.stdout

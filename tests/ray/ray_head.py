@@ -1,5 +1,6 @@
 """A Ray head for tests, and the command line as a process of its own."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 SPEC = """\
@@ -71,11 +74,11 @@ def wait_for_dashboard(url: str, process: subprocess.Popen, log: Path) -> None:
     raise RuntimeError(f"the Ray head did not come up:\n{log.read_text()}")
 
 
-def penstock(*arguments, home, **options) -> subprocess.CompletedProcess:
+def penstock(*arguments, home, timeout=300, **options) -> subprocess.CompletedProcess:
     """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "penstock.cli", *map(str, arguments), "--home", str(home)],
-        capture_output=True, text=True, timeout=300, cwd=home.parent, check=False, **options,
+        capture_output=True, text=True, timeout=timeout, cwd=home.parent, check=False, **options,
     )  # fmt: skip
 
 
@@ -86,3 +89,23 @@ def wait_for(condition, process, log, seconds=200.0):
         assert time.time() < deadline, log.read_text()
         assert process is None or process.poll() is None, log.read_text()
         time.sleep(0.2)
+
+
+def weights(home: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The trained weights of every SAE of the home, by id."""
+    return {path.parent.name: load_file(path / "sae_weights.safetensors") for path in home.glob("saes/*/final")}
+
+
+def assert_same(home: Path, reference: Path) -> int:
+    """Fail unless every SAE of the home has the bits that it has in the reference; how many there are."""
+    found, expected = weights(home), weights(reference)
+    for sae_id, tensors in found.items():
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor, expected[sae_id][name], err_msg=f"{sae_id}.{name}")
+    return len(found)
+
+
+def cost(home: Path) -> dict[str, float]:
+    """What the sweep of the home that ended last has cost."""
+    latest = max(home.glob("sweeps/*/result.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(latest.read_text())["cost"]

@@ -12,36 +12,9 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from ray_head import SPEC, penstock, wait_for
+from ray_head import assert_same, cost, penstock, wait_for
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def undisturbed(head, tmp_path_factory):
-    """The weights of the small sweep with blocks kept in a spool, by SAE: (weights, home, spool)."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    spec = folder / "small.yaml"
-    text = SPEC.replace("TOKENS", "32k").replace("CHECKPOINTS", "1")
-    spec.write_text(text.replace("block_tokens: 4096", f"block_tokens: 4096, spool: {folder / 'spool'}"))
-    done = penstock("run", spec, "--address", head.address, home=folder / "home")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return weights(folder / "home"), folder / "home", folder / "spool"
-
-
-def weights(home):
-    return {path.parent.name: load_file(path / "sae_weights.safetensors") for path in home.glob("saes/*/final")}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for sae_id, tensors in found.items():
-        for name, tensor in tensors.items():
-            np.testing.assert_array_equal(tensor, expected[sae_id][name], err_msg=f"{sae_id}.{name}")
-
-
-def cost(home):
-    return json.loads(next(home.glob("sweeps/*/result.json")).read_text())["cost"]
 
 
 @pytest.fixture
@@ -72,11 +45,11 @@ def kill_one(head, title):
 
 
 def test_the_stream_a_trial_and_hosts_are_killed_while_hosts_come_and_go(
-    undisturbed, head, running, write_spec, tmp_path
+    submitted, head, running, write_spec, tmp_path
 ):
     home = tmp_path / "home"
     room = [("cpus_per_host: 0.5", "cpus_per_host: 0.2"), ("cpus_per_pack: 0.75", "cpus_per_pack: 0.7")]
-    process, log = running(write_spec("32k", "8", room), home)
+    process, log = running(write_spec("16k", "8", room), home)
 
     def said(text):
         return lambda: text in log.read_text()
@@ -104,14 +77,14 @@ def test_the_stream_a_trial_and_hosts_are_killed_while_hosts_come_and_go(
             with contextlib.suppress(psutil.NoSuchProcess):  # one of them has died with its trial
                 worker.resume()
     assert process.wait(timeout=240) == 0, log.read_text()
-    assert_same(weights(home), undisturbed[0])
+    assert assert_same(home, submitted[0]) == 2 * 5
 
 
-def test_a_pack_without_memory_is_split_and_its_other_half_ends_as_if_alone(undisturbed, head, write_spec, tmp_path):
+def test_a_pack_without_memory_is_split_and_its_other_half_ends_as_if_alone(submitted, head, write_spec, tmp_path):
     """One SAE asks for 100 TB: its pack is halved, it stands alone and fails, the other half goes on."""
     home = tmp_path / "home"
     giant = "{architecture: topk, d_sae: 200B, k: 4}"
-    spec = write_spec("32k", "2", [
+    spec = write_spec("16k", "2", [
         ("[blocks.1.hook_resid_post, blocks.4.hook_resid_post]", "[blocks.4.hook_resid_post]"),
         ("  - {architecture: standard, d_sae: 2x, l1_coefficient: 1}\n", ""),
         ("  - {architecture: gated, d_sae: 2x, l1_coefficient: 1}\n", ""),
@@ -123,21 +96,37 @@ def test_a_pack_without_memory_is_split_and_its_other_half_ends_as_if_alone(undi
     assert done.returncode == 1, done.stdout + done.stderr
     assert "can't allocate memory" in done.stdout and "its 3 SAEs go on in two packs" in done.stdout
     assert "1 SAE(s) failed" in done.stdout
-    found = weights(home)
-    assert len(found) == 2
-    assert_same(found, {sae_id: undisturbed[0][sae_id] for sae_id in found})
+    assert assert_same(home, submitted[0]) == 2
     [stopped] = [json.loads(path.read_text()) for path in home.glob("saes/*/stopped.json")]
     assert stopped["status"] == "failed" and "can't allocate memory" in stopped["reason"]
 
 
-def test_blocks_that_lie_in_a_spool_need_no_forward_pass(undisturbed, head, write_spec, tmp_path):
-    expected, _, spool = undisturbed
+def test_a_sweep_on_activations_that_another_one_has_left_gives_the_same_weights(
+    submitted, head, write_spec, tmp_path
+):
+    theirs, _, _ = submitted
+    [stream] = [path for path in theirs.with_name("spool").iterdir() if (path / "about.json").exists()]
     home = tmp_path / "home"
-    spec = write_spec("32k", "1", [("block_tokens: 4096", f"block_tokens: 4096, spool: {spool}")])
+    spec = write_spec("16k", "1", [("block_tokens", f"activations: {stream}, block_tokens")])
     done = penstock("run", spec, "--address", head.address, home=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert cost(home)["forward_passes"] == 0 and cost(home)["blocks_made"] == 0
-    assert_same(weights(home), expected)
+    assert f"given      {stream}: a spool's stream, of model demo over demo" in done.stdout
+    assert cost(home)["forward_passes"] == 0
+    ours, expected = by_settings(home), by_settings(theirs)  # their ids say where their activations come from
+    assert len(ours) == 2 * 5
+    for key, tensors in ours.items():
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor, expected[key][name], err_msg=f"{key} {name}")
+
+
+def by_settings(home):
+    """The trained weights of every SAE of the home, by where it reads and what it is."""
+    found = {}
+    for folder in home.glob("saes/*/final"):
+        config = json.loads((folder / "cfg.json").read_text())
+        hook_point = config.pop("metadata")["hook_name"]
+        found[f"{hook_point} {json.dumps(config, sort_keys=True)}"] = load_file(folder / "sae_weights.safetensors")
+    return found
 
 
 def test_a_driver_on_another_cluster_is_told_that_the_sweep_is_running(head, running, write_spec, tmp_path):
@@ -156,38 +145,36 @@ def test_a_driver_on_another_cluster_is_told_that_the_sweep_is_running(head, run
 
 
 @pytest.mark.slow
-def test_weights_are_the_same_after_twenty_kills(undisturbed, head, running, write_spec, tmp_path):
-    """A seeded schedule of kills of everything that can be killed, over one sweep."""
+def test_weights_are_the_same_after_twenty_kills(head, running, write_spec, tmp_path):
+    """A seeded schedule of kills of everything that can be killed, one whenever the sweep has got on since the last."""
     random = np.random.default_rng(0)
-    home = tmp_path / "home"
-    longer = write_spec("400k", "60")
-    plain = tmp_path / "plain"
-    done = penstock("run", longer, "--address", head.address, home=plain)
+    home, plain = tmp_path / "home", tmp_path / "plain"
+    spec = write_spec("1M", "100")
+    done = penstock("run", spec, "--address", head.address, home=plain, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     titles = ["ray::RayTrainWorker", "ray::HostActor", "ray::StreamActor", "ray::ImplicitFunc", "driver"]
-    kills, process, log = [], None, None
-    while len(kills) < 20 or process is not None:
-        if process is None:
-            process, log = running(longer, home)
-            wait_for(lambda: "at its first step" in log.read_text() or " at step " in log.read_text(), process, log)  # noqa: B023
-        if process.poll() is not None:
-            assert process.returncode == 0, log.read_text()
-            break
-        time.sleep(random.uniform(1, 8))
+    begun, kills = time.time(), []
+    process, log = running(spec, home)
+
+    def checkpoints():
+        return set(home.glob("saes/*/checkpoints/*/manifest.json"))
+
+    while len(kills) < 20:
+        before = checkpoints()
+        wait_for(lambda: checkpoints() - before, process, log)  # noqa: B023
+        time.sleep(random.uniform(0, 2))
         title = titles[random.integers(len(titles))]
-        if len(kills) >= 20:
-            continue
         if title == "driver":
             process.kill()
             process.wait()
-            process = None
             wait_for(lambda: not head.processes("ray::HostActor"), None, log)
+            process, log = running(spec, home)
         else:
-            found = head.processes(title)
-            if not found:
+            victims = head.processes(title)
+            if not victims:
                 continue
-            found[random.integers(len(found))].kill()
-        kills.append(title)
-    print(f"{len(kills)} kills: " + ", ".join(kills))
-    assert len(kills) >= 20
-    assert_same(weights(home), weights(plain))
+            victims[random.integers(len(victims))].kill()
+        kills.append(title.removeprefix("ray::"))
+    assert process.wait(timeout=600) == 0, log.read_text()
+    print(f"{len(kills)} kills in {time.time() - begun:.0f} s: {', '.join(kills)}")
+    assert assert_same(home, plain) == 2 * 5

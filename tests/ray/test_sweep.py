@@ -7,37 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 
 import penstock as platform_api
 import sae_core
 from penstock.home import Home
-from ray_head import ROOT, SPEC, penstock, wait_for
+from ray_head import ROOT, assert_same, cost, penstock, wait_for
 
 pytestmark = pytest.mark.ray
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"]
 
 
-@pytest.fixture(scope="module")
-def submitted(head, tmp_path_factory):
-    """A finished sweep, submitted with `penstock submit --follow`: (home, spec, what was printed)."""
-    folder = tmp_path_factory.mktemp("submitted")
-    spec = folder / "small.yaml"
-    spec.write_text(SPEC.replace("TOKENS", "16k").replace("CHECKPOINTS", "1"))
-    home = folder / "home"
-    done = penstock("submit", spec, "--address", head.jobs, "--follow", home=home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home, spec, done.stdout
-
-
 def table(home, sweep="small"):
     return json.loads(penstock("front", sweep, "--json", home=home).stdout)
-
-
-def weights(home):
-    """The trained weights of every SAE of the home, by id."""
-    return {path.parent.name: load_file(path / "sae_weights.safetensors") for path in home.glob("saes/*/final")}
 
 
 def test_the_submitted_sweep_shows_its_progress_and_its_front(submitted):
@@ -115,6 +97,7 @@ def test_the_same_spec_again_does_nothing_and_one_more_k_trains_one_sae(submitte
     assert "in 2 waves" in done.stdout
     after = {path: path.stat().st_mtime_ns for path in home.glob("saes/*/final/*")}
     assert before.items() <= after.items()  # nothing that was there is made again
+    assert cost(home)["forward_passes"] == 0  # the blocks lie in the spool
     new = {path.parent.parent.name for path in after.keys() - before.keys()}
     assert len(new) == len(HOOKS)
     rows = table(home)
@@ -154,11 +137,7 @@ def test_killed_workers_hosts_and_drivers_leave_the_same_weights(submitted, head
     wait_for(lambda: not head.processes("ray::HostActor"), None, log)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
     assert done.returncode == 0, log.read_text() + done.stdout + done.stderr
-    whole, resumed = weights(home), weights(broken)
-    assert len(resumed) == 2 * 5
-    for sae_id, tensors in resumed.items():
-        for name, tensor in tensors.items():
-            assert (tensor == whole[sae_id][name]).all(), (sae_id, name)
+    assert assert_same(broken, home) == 2 * 5
     history = json.loads(next(broken.glob("saes/*/final/summary.json")).read_text())["history"]
     tokens = [row["tokens"] for row in history]
     assert tokens == sorted(set(tokens))
