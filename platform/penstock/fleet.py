@@ -45,10 +45,16 @@ class Fleet:
 
     def start_stream(self, config: "StreamConfig") -> None:
         """Raises `SweepError` when this cluster has a stream of that name already."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         from penstock.actors import NAMESPACE, StreamActor
 
+        # On the driver's node: another one may be taken away, and without its driver a stream is of no use.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"name": f"stream-{config.name}", "namespace": NAMESPACE, "scheduling_strategy": here}
         try:
-            self.stream = StreamActor.options(name=f"stream-{config.name}", namespace=NAMESPACE).remote(config)
+            self.stream = StreamActor.options(**options).remote(config)
         except ValueError:
             raise SweepError(
                 f"sweep {config.name} is running on this cluster already; accepted: wait for it, or stop its job first"

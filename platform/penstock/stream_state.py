@@ -315,7 +315,7 @@ class StreamState:
         self._being_made.difference_update((work.block, name) for name in work.arrays)
 
     def _has_passed(self, member: Member, cursor: int) -> bool:
-        """Whether the others of a live member's cohort need the block at the cursor no more: they do not wait for it."""
+        """Whether the others of a live member's cohort are all beyond the cursor: they do not wait for it."""
         others = [one.cursor for one in self._active(member.cohort) if one is not member]
         return member.status == "live" and cursor < min(others, default=0)
 
