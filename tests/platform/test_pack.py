@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +10,8 @@ from safetensors.torch import load as load_tensors
 import penstock.pack
 from penstock.batches import Schedule
 from penstock.errors import SweepError
-from penstock.pack import Pack, PackMember
+from penstock.fence import FencedError
+from penstock.pack import Pack, PackMember, PackOutOfMemoryError
 from penstock.storage import Storage
 from penstock.train import last_tokens
 from sae_core import SAE, SAETrainer, TrainingSettings, calibrate, parse_settings
@@ -275,3 +279,60 @@ def test_saes_that_step_at_the_same_time_get_the_same_bits(tmp_path):
     assert {"kind": "stopped", "sae_id": "exploding"}.items() <= next(
         event for event in events["three"] if event["kind"] == "stopped"
     ).items()
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {folder!r})
+import test_pack
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails then, in its middle, as on a disk that is full
+said = []
+pack = test_pack.make({home!r}, test_pack.TOPK, test_pack.GATED, log=said.append)
+test_pack.train(pack, until=4)
+pack.checkpoint()
+test_pack.train(pack, until=8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+pack.checkpoint()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("\\n".join(said))
+"""
+
+
+def test_a_disk_that_is_full_loses_a_checkpoint_and_nothing_else(tmp_path):
+    """The second checkpoint fails in the middle of a file; the pack resumes from the first and ends as it would have."""
+    code = FULL_DISK.format(folder=str(Path(__file__).parent), home=str(tmp_path / "full"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("could not be written") == 2 and "File too large" in done.stdout
+    left = sorted(path.name for path in tmp_path.glob("full/saes/*/checkpoints/*"))
+    assert left == ["step-000000004", "step-000000004"] and not list(tmp_path.glob("full/staging/*"))
+    resumed, plain = make(tmp_path / "full", TOPK, GATED), make(tmp_path / "plain", TOPK, GATED)
+    assert resumed.next_step == 4
+    for pack in (resumed, plain):
+        train(pack)
+        pack.finish()
+    for name in ("topk", "gated"):
+        assert_same(final(tmp_path / "full", name), final(tmp_path / "plain", name))
+
+
+def test_a_pack_that_may_not_write_any_more_writes_nothing(tmp_path):
+    def fenced():
+        raise FencedError("taken over")
+
+    pack = make(tmp_path, TOPK, guard=fenced)
+    train(pack)
+    for write in (pack.checkpoint, pack.finish):
+        with pytest.raises(FencedError):
+            write()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_pack_without_memory_for_its_saes_says_so_and_one_alone_is_stopped(tmp_path, monkeypatch):
+    def failing(self, x, target, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory (of a test)")
+
+    two, alone = make(tmp_path / "two", TOPK, GATED), make(tmp_path / "alone", TOPK)
+    monkeypatch.setattr(SAETrainer, "train_step", failing)
+    with pytest.raises(PackOutOfMemoryError, match="micro-batches of 4 tokens"):
+        train(two)
+    train(alone)
+    assert json.loads((tmp_path / "alone/saes/topk/stopped.json").read_text())["status"] == "failed"
