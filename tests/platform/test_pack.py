@@ -299,7 +299,7 @@ print("\\n".join(said))
 
 
 def test_a_disk_that_is_full_loses_a_checkpoint_and_nothing_else(tmp_path):
-    """The second checkpoint fails in the middle of a file; the pack resumes from the first and ends as it would have."""
+    """The second checkpoint fails in the middle of a file; the pack resumes from the first and ends the same."""
     code = FULL_DISK.format(folder=str(Path(__file__).parent), home=str(tmp_path / "full"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("could not be written") == 2 and "File too large" in done.stdout
