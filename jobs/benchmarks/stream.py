@@ -133,7 +133,8 @@ def measure_on_ray(size: Size, repeats: int, names: Sequence[str]) -> list[Compa
     # As `penstock.cluster` starts one, without the dashboard: there is no Ray Train here that needs it. Ray reads its
     # settings as it is imported.
     here = str(Path(__file__).parent)
-    os.environ |= {"RAY_AUTH_MODE": "token", "PYTHONPATH": os.pathsep.join([*SOURCES, here]), **ENVIRONMENT}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_worker_maximum_startup_concurrency": "8", **ENVIRONMENT,
+                   "PYTHONPATH": os.pathsep.join([*SOURCES, here])}  # fmt: skip
     import ray
     from stream_on_ray import Benchmark
 
