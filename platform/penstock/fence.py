@@ -51,8 +51,8 @@ class Fence:
         driver = self.storage.read_json(self.file)
         if driver["token"] != self.token:
             raise FencedError(
-                f"pack {self.pack_id} belongs to a driver that attempt {driver['attempt']} (process {driver['pid']} on "
-                f"{driver['machine']}) has taken over from; nothing more is written"
+                f"attempt {driver['attempt']} (process {driver['pid']} on {driver['machine']}) has taken this sweep "
+                "over; nothing more is written here"
             )
         if self.storage.exists(self.run_file) and self.storage.read_json(self.run_file)["run"] > self.run:
             raise FencedError(f"pack {self.pack_id}: a newer run of it has taken over; nothing more is written")

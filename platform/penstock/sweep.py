@@ -312,10 +312,12 @@ class Driver(Session):
             self._tracker.log_rows(sae_id, new)
 
     def _heed(self) -> None:
-        """Do what `penstock scale` has asked for."""
+        """Do what `penstock scale` has asked for. Raises when another driver has taken the sweep over."""
         if time.time() - self._asked_at < BEAT_SECONDS:
             return
         self._asked_at = time.time()
+        assert self._fence is not None
+        self._fence.check()
         if not self.storage.exists(self.sweep.control_file):
             return
         wanted = self.storage.read_json(self.sweep.control_file)["model_hosts"]

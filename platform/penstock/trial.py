@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.consumer import StreamClient
-from penstock.fence import Fence
+from penstock.fence import Fence, FencedError
 from penstock.identity import content_id
 from penstock.spool import SpooledStream
 from penstock.storage import Storage
@@ -55,62 +55,71 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream:
     """The Tune trial: run the pack's worker until it ends; give up after failures that bring no progress.
 
     Failures are counted here and not by a lifetime limit of Ray Train, so that a long run may lose many workers. Where
-    the SAEs do not fit one worker, or keep it from getting on, it returns why the pack has to be split; one that stands
-    alone is stopped and marked.
+    the SAEs do not fit one worker, or keep it from getting on, it returns those that are left, to be split; one that
+    stands alone is stopped and marked.
     """
-    from ray import train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
     job = jobs[config["pack"]].part(config["saes"])
-    folder = job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray"
     fruitless = 0
     while True:
-        before = progress(job)
-        fence = job.fence.of(job.pack_id, time.time_ns())
-        _end_earlier_run(fence)
-        fence.close_to_others()
-        trainer = DataParallelTrainer(
-            run_worker,
-            train_loop_config={"job": job, "stream": stream, "fence": fence},
-            scaling_config=train.ScalingConfig(
-                num_workers=1,
-                use_gpu=job.gpus > 0,
-                resources_per_worker={"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
-            ),
-            run_config=train.RunConfig(
-                storage_path=folder,
-                name=f"{job.pack_id}-{fence.run}",
-                failure_config=train.FailureConfig(max_failures=2),
-            ),
-        )
-        reason = None
+        before, fence = progress(job), job.fence.of(job.pack_id, time.time_ns())
         try:
-            trainer.fit()
-            if not job.storage.exists(_split_file(fence)):
-                return {}
-            reason = job.storage.read_json(_split_file(fence))["reason"]
+            fence.check()
+            _end_earlier_run(fence)
+            fence.close_to_others()
+            reason = _run_worker_group(job, stream, fence)
+        except FencedError as error:
+            print(error, flush=True)
+            return {}
         except Exception as error:  # the border of one pack
-            failure = error
-        client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
-        if reason is None:
             fruitless = 0 if progress(job) > before else fruitless + 1
-            client.log(f"its worker failed ({failure}), {fruitless} time(s) without progress")
+            client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
+            client.log(f"its worker failed ({error}), {fruitless} time(s) without progress")
             client.flush(PAUSE_SECONDS)
-            if _ran_out_of_memory(failure):
+            if _ran_out_of_memory(error):
                 reason = "the node ran out of memory"
             elif fruitless < TRIES_WITHOUT_PROGRESS:
                 continue
             else:
-                reason = f"its worker failed {fruitless} times without progress, the last time of: {failure}"
-        left = [sae_id for sae_id in job.sae_ids if not has_ended(job.storage, sae_id)]
-        if len(left) > 1:
-            client.log(f"{reason}; its {len(left)} SAEs go on in two packs")
-        for sae_id in left if len(left) == 1 else []:
-            client.log(f"SAE {sae_id} failed: {reason}")
-            record = {"status": "failed", "reason": reason, "step": progress(job.part([sae_id]))[0], "history": []}
-            job.storage.write_json(f"saes/{sae_id}/stopped.json", record)
-        client.close()
-        return {"split": left} if len(left) > 1 else {}
+                reason = f"its worker failed {fruitless} times without progress, the last time of: {error}"
+        return {} if reason is None else _give_up(job, stream, fence, reason)
+
+
+def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> str | None:
+    """A Ray Train run of one worker, to its end; why the pack's SAEs do not fit it, where they do not. Raises what the
+    worker died of, after it was started three times."""
+    from ray import train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    DataParallelTrainer(
+        run_worker,
+        train_loop_config={"job": job, "stream": stream, "fence": fence},
+        scaling_config=train.ScalingConfig(
+            num_workers=1,
+            use_gpu=job.gpus > 0,
+            resources_per_worker={"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
+        ),
+        run_config=train.RunConfig(
+            storage_path=job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray",
+            name=f"{job.pack_id}-{fence.run}",
+            failure_config=train.FailureConfig(max_failures=2),
+        ),
+    ).fit()
+    file = _reason_file(fence)
+    return job.storage.read_json(file)["reason"] if job.storage.exists(file) else None
+
+
+def _give_up(job: TrialJob, stream: Any, fence: Fence, reason: str) -> dict[str, Any]:
+    """What becomes of a pack that cannot go on as it is: see `run_pack`."""
+    client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
+    left = [sae_id for sae_id in job.sae_ids if not has_ended(job.storage, sae_id)]
+    if len(left) == 1:
+        record = {"status": "failed", "reason": reason, "step": min(progress(job)), "history": []}
+        job.storage.write_json(f"saes/{left[0]}/stopped.json", record)
+        client.log(f"SAE {left[0]} failed: {reason}")
+    elif left:
+        client.log(f"{reason}; its {len(left)} SAEs go on in two packs")
+    client.close()
+    return {"split": left} if len(left) > 1 else {}
 
 
 def run_worker(config: Mapping[str, Any]) -> None:
@@ -123,7 +132,7 @@ def run_worker(config: Mapping[str, Any]) -> None:
     job.storage.write_json(_group_file(fence), {"placement_group": get_current_placement_group().id.hex()})
     reason = train_pack(pickle.loads(job.work).part(job.pack_id, job.sae_ids), config["stream"], fence)
     if reason is not None:
-        job.storage.write_json(_split_file(fence), {"reason": reason})
+        job.storage.write_json(_reason_file(fence), {"reason": reason})
 
 
 def _end_earlier_run(fence: Fence) -> None:
@@ -146,8 +155,8 @@ def _group_file(fence: Fence) -> str:
     return fence.run_file.replace(".json", "-group.json")
 
 
-def _split_file(fence: Fence) -> str:
-    return fence.run_file.replace(".json", f"-{fence.run}-split.json")
+def _reason_file(fence: Fence) -> str:
+    return fence.run_file.replace(".json", f"-{fence.run}-reason.json")
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
