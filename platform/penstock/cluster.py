@@ -41,9 +41,11 @@ def connect(address: str | None) -> bool:
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    environment: dict[str, Any] = {}
+    # Ray Train's clean-up asks the State API, which would guess between the clusters of a machine.
+    variables = {"RAY_ADDRESS": address} if address != "auto" else {}
+    environment: dict[str, Any] = {"env_vars": variables}
     if "PENSTOCK_SUBMITTED" not in os.environ:  # a job of `penstock submit` brings all of this along
-        environment = {"env_vars": ENVIRONMENT, "py_modules": packages()}
+        environment = {"env_vars": {**ENVIRONMENT, **variables}, "py_modules": packages()}
     try:
         ray.init(address=address, runtime_env=environment, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
