@@ -55,8 +55,8 @@ class Session:
             store = beside.submit(self._build_store) if local else None
             self._own_ray = connect(address)
             cluster, self._store_bytes = describe_cluster()
-            if not local and len(cluster.nodes) > 1 and "://" not in self.storage.uri:
-                self._refuse_local_storage()
+            if not local and len(cluster.nodes) > 1:
+                self._refuse_local_paths()
             self.slots = cluster.pack_slots(self.spec.resources)
             self.fleet.scale(self.spec.resources.model_hosts)
             self.say(f"{len(self.fleet.hosts)} model host(s) booting")
@@ -81,8 +81,12 @@ class Session:
             self.spec.data, self.spec.model, self.spec.train, self.storage, progress=self.say, **parallel
         )
 
-    def _refuse_local_storage(self) -> None:
-        raise SweepError(
-            f"storage {self.storage.uri!r} is a path of one machine, and this cluster has several nodes; accepted: a "
-            "URI that every node reaches (s3://..., gs://...), or file:///... for a file system that all nodes mount"
-        )
+    def _refuse_local_paths(self) -> None:
+        data = self.spec.data
+        places = {"storage": self.storage.uri, "data.spool": data.spool, "data.activations": data.activations}
+        for field, place in places.items():
+            if place not in (None, "off") and "://" not in place:
+                raise SweepError(
+                    f"{field} {place!r} is a path of one machine, and this cluster has several nodes; accepted: a URI "
+                    "that every node reaches (s3://..., gs://...), file:///... for a file system that all nodes mount"
+                )

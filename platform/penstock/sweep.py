@@ -371,7 +371,11 @@ class Driver(Session):
     def _evaluate(self) -> None:
         from penstock.evaluation import evaluate_on_hosts
 
-        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, list(self.fleet.hosts.values()), self.say)
+        # A host that still waits for room, or could not be built, would keep its part of the work from being done.
+        states = self._stream_status.get("hosts", {})
+        up = [host for name, host in self.fleet.hosts.items() if states.get(name, "idle").startswith(("idle", "block"))]
+        hosts = up or list(self.fleet.hosts.values())
+        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, hosts, self.say)
 
     def _finish(self) -> int:
         from penstock.results import SETTLED, publish

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import stream_hosts
 from penstock.actors import NAMESPACE, Source, StreamActor, StreamConfig
 from penstock.identity import code_hash
+from ray_head import penstock
 from stream_hosts import NumberHost, read_all
 
 pytestmark = pytest.mark.ray
@@ -33,6 +34,16 @@ def nodes():
     yield cluster, two
     ray.shutdown()
     cluster.shutdown()
+
+
+def test_paths_of_one_machine_are_refused_where_there_are_several_nodes(nodes, write_spec, tmp_path):
+    cluster, _ = nodes
+    home = tmp_path / "home"
+    done = penstock("run", write_spec(), "--address", cluster.address, home=home)
+    assert done.returncode == 2 and f"storage '{home}' is a path of one machine" in done.stderr, done.stderr
+    shared = [("name: small", f"name: small\nstorage: file://{home}"), ("block_tokens", "spool: /spool, block_tokens")]
+    done = penstock("run", write_spec(replace=shared), "--address", cluster.address, home=home)
+    assert done.returncode == 2 and "data.spool '/spool' is a path of one machine" in done.stderr, done.stderr
 
 
 def test_a_node_that_holds_blocks_is_taken_away_and_they_are_made_again(nodes):
