@@ -180,6 +180,8 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
         data = data.model_copy(update={"dataset": _absolute(data.dataset)})
     if data.activations is not None:
         data = data.model_copy(update={"activations": _absolute(data.activations)})
+    if data.spool not in (None, "off") and "://" not in data.spool:
+        data = data.model_copy(update={"spool": os.path.abspath(os.path.expanduser(data.spool))})
     spec = spec.model_copy(update={"model": model, "data": data})
     try:
         description = describe_model(model)

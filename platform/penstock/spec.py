@@ -167,9 +167,10 @@ class DataSpec(_Section):
     def _consistent(self) -> "DataSpec":
         if self.block_tokens < self.context_size:
             raise ValueError(f"block_tokens {self.block_tokens} is less than a row of context_size {self.context_size}")
-        alone = {"dataset", "subset", "hub_split", "text_column", "tokens_column"} & self.model_fields_set
+        names = ("dataset", "subset", "hub_split", "text_column", "tokens_column")
+        alone = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
         if self.mixture is not None and alone:
-            raise ValueError(f"mixture and {sorted(alone)[0]} are both given; accepted: one of them, and in each entry "
+            raise ValueError(f"mixture and {alone[0]} are both given; accepted: one of them, and in each entry "
                              "of a mixture its own dataset, subset, hub_split, text_column, tokens_column")  # fmt: skip
         if self.activations is not None and self.spool not in (None, "off"):
             raise ValueError(f"spool {self.spool!r} would keep what is harvested, and with activations "

@@ -104,7 +104,8 @@ def test_rows_of_a_single_dataset_are_those_of_the_first_version(folder, model, 
 def test_parts_of_a_single_dataset_are_where_the_first_version_puts_them():
     tokenizer = Tokenizer("{}", 1, 2, (1, 2))
     parts = [
-        penstock.tokens._part_id(split, "demo:abc", tokenizer, DataSpec(), TrainSpec(tokens=10**6)) for split in SPLITS
+        penstock.tokens._part_id(split, "demo:abc", tokenizer, DataSpec(block_tokens=65_536), TrainSpec(tokens=10**6))
+        for split in SPLITS
     ]
     assert parts == ["304bb6b6b81aaf7a5c3412d6", "8ba240fcedddb4c61be324b4", "867c38abd403ef31723e1e7a"]
 

@@ -43,6 +43,16 @@ def test_a_block_is_an_eighth_of_the_run_within_bounds_unless_given(tokens, bloc
     assert parse_spec(text + "data: {block_tokens: 32k}\n").data.block_tokens == 32_000
 
 
+@pytest.mark.parametrize(
+    "data",
+    ["{}", "{mixture: [{dataset: a, weight: 2}, {dataset: b}]}", "{spool: off}", "{activations: /x}", "{epochs: 3}"],
+)
+def test_a_spec_with_its_defaults_written_out_is_the_same_spec(data):
+    """A submitted job reads it so, and so do people who run it again."""
+    spec = parse_spec(f"{GOOD}data: {data}\n")
+    assert parse_spec(yaml.safe_dump(spec.model_dump(mode="json"))) == spec
+
+
 def test_axes_expand_in_the_order_written():
     expanded = list(expand_axes({"d_sae": ["4x", "8x"], "k": [1, 2]}, d_in=10))
     assert [(one["d_sae"], one["k"]) for one in expanded] == [(40, 1), (40, 2), (80, 1), (80, 2)]
