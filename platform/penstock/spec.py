@@ -19,9 +19,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -97,6 +99,9 @@ class ExcludeSpec(_Section):
     norm_over_median: float | None = Field(None, gt=1)
 
 
+_OF_ONE_DATASET = ("dataset", "subset", "hub_split", "text_column", "tokens_column")
+
+
 class SourceSpec(_Section):
     """A dataset of a mixture; `weight` is its share of every split's rows, relative to the others'."""
 
@@ -145,6 +150,13 @@ class DataSpec(_Section):
             raise ValueError("accepted is a folder of activations; leave it out to harvest them from the model")
         return value
 
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A mixture is written without the dataset that it stands in place of, so that it is read again as it was."""
+        written = write(self)
+        unused = _OF_ONE_DATASET if self.mixture is not None else ()
+        return {name: value for name, value in written.items() if name not in unused}
+
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """The datasets of the corpus: those of the mixture, or the one."""
@@ -167,8 +179,7 @@ class DataSpec(_Section):
     def _consistent(self) -> "DataSpec":
         if self.block_tokens < self.context_size:
             raise ValueError(f"block_tokens {self.block_tokens} is less than a row of context_size {self.context_size}")
-        names = ("dataset", "subset", "hub_split", "text_column", "tokens_column")
-        alone = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        alone = [name for name in _OF_ONE_DATASET if name in self.model_fields_set]
         if self.mixture is not None and alone:
             raise ValueError(f"mixture and {alone[0]} are both given; accepted: one of them, and in each entry "
                              "of a mixture its own dataset, subset, hub_split, text_column, tokens_column")  # fmt: skip
