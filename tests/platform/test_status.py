@@ -196,6 +196,7 @@ def on_a_terminal(home: Home, size: tuple[int, int], end) -> tuple[int, str]:
     """(exit status, what a terminal of so many rows and columns got) of `penstock status demo --follow`."""
     import fcntl
     import pty
+    import select
     import struct
     import termios
 
@@ -203,11 +204,15 @@ def on_a_terminal(home: Home, size: tuple[int, int], end) -> tuple[int, str]:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     command = [sys.executable, "-m", "penstock.cli", "status", "demo", "--follow", "--home", str(home.path)]
+    # Tests that were started in the background ignore Ctrl-C, and what they start would too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
+    signal.signal(signal.SIGINT, before)
     os.close(theirs)
     got = b""
     try:
         while True:
+            assert select.select([ours], [], [], 60)[0], got
             try:
                 chunk = os.read(ours, 65536)
             except OSError:  # the other end is closed
