@@ -404,8 +404,9 @@ def describe(
     schedule: Schedule,
     n_done: int,
     spool: SpooledStream | None = None,
+    epochs: float = 1.0,
 ) -> str:
-    """The plan as text."""
+    """The plan as text. `epochs`: how often the rows are used of the source that is used most."""
     trained = [sae for pack in packs for sae in pack.saes]
     rounds = waves(packs, slots)
     block_bytes = memory_of_block(spec, model, packs)
@@ -436,7 +437,8 @@ def describe(
         f"model      {model.name}: {model.n_layers} layers, d_model {model.d_model}, "
         f"{model.n_parameters / 1e6:.1f}M parameters, {spec.model.dtype}, processing {spec.model.processing}",
         f"tokens     {spec.train.tokens:,} in {spec.train.steps:,} batches of {spec.train.batch_tokens:,}; "
-        f"{schedule.n_blocks} blocks of {spec.data.block_rows} rows x {spec.data.context_size}",
+        f"{schedule.n_blocks} blocks of {spec.data.block_rows} rows x {spec.data.context_size}"
+        + (f"; rows are used up to {epochs:.3g} times" if epochs > 1 else ""),
         f"packs      {len(packs)}, {slots} at a time, in {len(rounds)} wave{'s' if len(rounds) != 1 else ''}",
     ]
     for number, wave in enumerate(rounds, 1):

@@ -69,7 +69,9 @@ def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_
 def _describe(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> str:
     n_done = len(sweep.saes) - sum(len(pack.saes) for pack in packs)
     spool = sweep.spool(len(waves(packs, slots)))
-    return describe(sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done, spool)
+    return describe(
+        sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done, spool, sweep.store.epochs
+    )
 
 
 class Driver(Session):
