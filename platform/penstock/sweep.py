@@ -332,8 +332,9 @@ class Driver(Session):
             self.fleet.scale(wanted)
 
     def _standing(self) -> dict[str, Any]:
-        """How the sweep stands, for `penstock status`."""
-        trained = sum(self._tokens_at.values())
+        """How the sweep stands, for `penstock status`. Called from the pulse's thread, hence the copies."""
+        tokens_at, cost = dict(self._tokens_at), dict(self._cost)
+        trained = sum(tokens_at.values())
         return {
             "name": self.spec.name,
             "sweep_id": self.sweep.sweep_id,
@@ -345,12 +346,12 @@ class Driver(Session):
             "left": len(self.left),
             "tokens": self._run_tokens,
             "tokens_at": {
-                site.label: [self._tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.site == site]
+                site.label: [tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.site == site]
                 for site in self.spec.sites
             },
             "packs": {pack.pack_id: [pack.hook_point, len(pack.saes)] for pack in self.packs},
             "sae_tokens_per_second": trained / max(1e-9, time.time() - self._started - (self._first_step or 0.0)),
-            "cost": self._cost,
+            "cost": cost,
             "stream": self._stream_status,
         }
 
