@@ -319,11 +319,14 @@ class Driver(Session):
             return
         self._asked_at = time.time()
         assert self._fence is not None
-        self._fence.check()
-        if not self.storage.exists(self.sweep.control_file):
+        try:
+            self._fence.check()
+            if not self.storage.exists(self.sweep.control_file):
+                return
+            wanted = self.storage.read_json(self.sweep.control_file)["model_hosts"]
+            self.storage.remove(self.sweep.control_file)
+        except OSError:  # a storage that does not answer now may do so in two seconds
             return
-        wanted = self.storage.read_json(self.sweep.control_file)["model_hosts"]
-        self.storage.remove(self.sweep.control_file)
         if wanted != len(self.fleet.hosts):
             self.say(
                 f"model hosts: {len(self.fleet.hosts)} -> {wanted}; new ones join when the cluster has room for them "
