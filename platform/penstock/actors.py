@@ -147,7 +147,8 @@ class _RayHost:
 
     def __init__(self, name: str, source: Source) -> None:
         # By name: a handle would be lost with the driver's object store when the actor restarts.
-        self._handle = ray.get_actor(name, namespace=NAMESPACE)
+        self._name = name
+        self._handle: Any = None
         self._source = source
 
     async def harvest(self, block: int, arrays: Sequence[str]) -> tuple[dict[str, Any], BlockInfo]:
@@ -158,9 +159,12 @@ class _RayHost:
     async def wait_until_up(self) -> None:
         while True:
             try:
+                self._handle = self._handle or ray.get_actor(self._name, namespace=NAMESPACE)
                 await self._handle.ping.remote()
                 return
             except ray.exceptions.ActorDiedError as error:  # a killed host is restarted; this one failed to build
+                raise HostGoneError(str(error)) from None
+            except ValueError as error:  # it had failed to before this stream began
                 raise HostGoneError(str(error)) from None
             except ray.exceptions.RayError:
                 await asyncio.sleep(1.0)

@@ -1,5 +1,6 @@
 """The model hosts and the stream of one sweep, as its driver holds them. Nobody else creates or ends them."""
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ class Fleet:
         self.cost: dict[str, float] = {}
         self._spec, self._storage, self._say = spec, storage, say
         self._leaving: dict[str, Any] = {}
+        self._told = False  # whether the stream knows of the hosts as they are
         self._incarnation: int | None = None
         self._before_restart: dict[str, float] = {}
 
@@ -40,8 +42,7 @@ class Fleet:
             self.hosts[name] = HostActor.options(name=name, namespace=NAMESPACE, **options).remote(config)
         for name in list(self.hosts)[n_hosts:]:
             self._leaving[name] = self.hosts.pop(name)
-        if self.stream is not None:
-            self._tell_hosts()
+        self._told = False
 
     def start_stream(self, config: "StreamConfig") -> None:
         """Raises `SweepError` when this cluster has a stream of that name already."""
@@ -72,12 +73,12 @@ class Fleet:
                 if self._incarnation is not None:
                     self._say("the stream was restarted; packs attach again and go on where they stand")
                     self._before_restart = dict(self.cost)
-                self._incarnation = found["incarnation"]
-                self._tell_hosts()
-            elif self._leaving:
-                self._tell_hosts()
+                self._incarnation, self._told = found["incarnation"], False
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None
+        if self._leaving or not self._told:
+            with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                self._tell_hosts()
         self.cost = {name: value + self._before_restart.get(name, 0.0) for name, value in found["cost"].items()}
         return found
 
@@ -93,6 +94,7 @@ class Fleet:
         import ray
 
         busy = ray.get(self.stream.set_hosts.remote(list(self.hosts)), timeout=CALL_SECONDS)
+        self._told = True
         for name in [name for name in self._leaving if name not in busy]:
             ray.kill(self._leaving.pop(name))
             self._say(f"model host {name} has left")
