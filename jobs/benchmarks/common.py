@@ -48,6 +48,20 @@ def parser(description: str | None, *, repeats: bool = True) -> argparse.Argumen
     return made
 
 
+def parse_rows(options: argparse.ArgumentParser, names: Sequence[str], repeats: int) -> argparse.Namespace:
+    """The arguments, with `--only` as a list of rows and `--repeats`, which is `repeats` unless given, 1 in a quick
+    run."""
+    options.set_defaults(repeats=None)
+    options.add_argument("--only", metavar="NAME,...", default=",".join(names), help="these rows alone")
+    arguments = options.parse_args()
+    arguments.only = arguments.only.split(",")
+    if unknown := set(arguments.only) - set(names):
+        options.error(f"--only: {', '.join(sorted(unknown))} is unknown; accepted: {', '.join(names)}")
+    if arguments.repeats is None:
+        arguments.repeats = 1 if arguments.quick else repeats
+    return arguments
+
+
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")

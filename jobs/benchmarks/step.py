@@ -51,7 +51,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Comparison, interleaved, machine, parser, report
+from common import Comparison, interleaved, machine, parse_rows, parser, report
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     GatedTrainingSAEConfig,
@@ -514,17 +514,9 @@ def main() -> None:
 def read_arguments() -> argparse.Namespace:
     names = [task.name for task in tasks(FULL)] + ["memory", "pack"]
     options = parser(__doc__)
-    options.set_defaults(repeats=None)
-    options.add_argument("--only", metavar="NAME,...", default=",".join(names), help="these rows alone")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--batch-tokens", metavar="N", type=int, default=FULL.batch_tokens)
-    arguments = options.parse_args()
-    arguments.only = arguments.only.split(",")
-    if unknown := set(arguments.only) - set(names):
-        options.error(f"--only: {', '.join(sorted(unknown))} is unknown; accepted: {', '.join(names)}")
-    if arguments.repeats is None:
-        arguments.repeats = 1 if arguments.quick else STEPS
-    return arguments
+    return parse_rows(options, names, STEPS)
 
 
 def time_rows(task: Task, timing: Timing) -> list[Comparison]:

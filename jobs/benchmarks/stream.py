@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from common import ROOT, SOURCES, Comparison, count, interleaved, machine, medians, parser, report
+from common import ROOT, SOURCES, Comparison, count, interleaved, machine, medians, parse_rows, parser, report
 
 from penstock.cluster import ENVIRONMENT
 from penstock.model_host import ModelHost
@@ -276,14 +276,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     options = parser(__doc__, repeats=False)
     options.add_argument("--repeats", metavar="N", type=count, help=f"runs of each side; {REPEATS} unless given")
-    options.add_argument("--only", metavar="NAME,...", default=",".join(NAMES))
-    arguments = options.parse_args()
-    arguments.only = arguments.only.split(",")
-    if unknown := set(arguments.only) - set(NAMES):
-        options.error(f"--only: {', '.join(sorted(unknown))} is unknown; accepted: {', '.join(NAMES)}")
-    if arguments.repeats is None:
-        arguments.repeats = 1 if arguments.quick else REPEATS
-    return arguments
+    return parse_rows(options, NAMES, REPEATS)
 
 
 if __name__ == "__main__":

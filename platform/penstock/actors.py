@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import ray
-from safetensors.torch import save as save_tensors
 
-from penstock.activations import from_wire
+from penstock.calibrations import store_calibrations
 from penstock.identity import check_code
 from penstock.meters import Meters
 from penstock.model_host import ModelHost
@@ -27,7 +26,6 @@ from penstock.stream import BlockInfo, HostGoneError, Stream
 from penstock.stream_state import BlockSet, StreamState
 from penstock.subjects import Subject, load_subject
 from penstock.tokens import TokenStore
-from sae_core import calibrate
 from sae_core.evaluation import EvaluationSums
 
 NAMESPACE = "penstock"
@@ -67,7 +65,7 @@ class HostActor:
             return *(None for _ in arrays), BlockInfo(0, 0, time.perf_counter() - started, from_spool=True)
         made = self._host.harvest(self._store(source.tokens_id), self._config.data, block, arrays)
         if block == 0:
-            self._calibrate(made, source.calibration_folder)
+            store_calibrations(self._config.storage, source.calibration_folder, made, self._config.model.dtype)
         spooled, notice = self._spool(spool, block, made)
         info = BlockInfo(
             tokens=len(next(iter(made.values()))),
@@ -109,14 +107,6 @@ class HostActor:
         if tokens_id not in self._stores:
             self._stores[tokens_id] = TokenStore.open(self._config.storage, tokens_id)
         return self._stores[tokens_id]
-
-    def _calibrate(self, arrays: Mapping[str, np.ndarray], folder: str) -> None:
-        """Once an array, from block 0, stored by content: every pack uses the same numbers, early or late."""
-        for name, array in arrays.items():
-            file = f"{folder}/{name}.safetensors"
-            if not self._config.storage.exists(file):
-                calibration = calibrate(from_wire(array, self._config.model.dtype))
-                self._config.storage.write(file, save_tensors(calibration.to_tensors()))
 
 
 @dataclass(frozen=True)
@@ -162,9 +152,8 @@ class _RayHost:
                 self._handle = self._handle or ray.get_actor(self._name, namespace=NAMESPACE)
                 await self._handle.ping.remote()
                 return
-            except ray.exceptions.ActorDiedError as error:  # a killed host is restarted; this one failed to build
-                raise HostGoneError(str(error)) from None
-            except ValueError as error:  # it had failed to before this stream began
+            except (ray.exceptions.ActorDiedError, ValueError) as error:
+                # A killed host is restarted; this one failed to build, perhaps before this stream began.
                 raise HostGoneError(str(error)) from None
             except ray.exceptions.RayError:
                 await asyncio.sleep(1.0)

@@ -7,9 +7,8 @@ from pathlib import Path
 from penstock.errors import SweepError
 from penstock.home import Home
 from penstock.identity import code_hash
-from penstock.plan import plan_packs
+from penstock.plan import arrays_of, plan_packs
 from penstock.session import Session
-from penstock.spool import SpooledStream
 
 CONSUMER = "harvest"
 STATUS_SECONDS = 10.0
@@ -35,9 +34,9 @@ def _fill(session: Session) -> int:
                          "accepted: data.spool: DIR, or no data.spool for one in the storage")  # fmt: skip
     spool.describe(sweep.about_stream)
     packs = plan_packs(sweep.spec, sweep.saes)
-    arrays = tuple(dict.fromkeys(name for pack in packs for name in pack.hook_points))
+    arrays = arrays_of(packs)
     n_blocks = sweep.schedule.n_blocks
-    before = _complete(spool, arrays, n_blocks)
+    before = spool.count_whole(arrays, n_blocks)
     session.say(f"{before} of {n_blocks} blocks of {', '.join(arrays)} are in {spool.spool.place} already")
     config = StreamConfig(
         name=f"{CONSUMER}-{sweep.stream_id}",
@@ -64,18 +63,13 @@ def _fill(session: Session) -> int:
             session.say(f"harvest: block {consumer.block} of {n_blocks}")
     if consumer.error is not None:
         raise consumer.error
-    after, cost = _complete(spool, arrays, n_blocks), session.fleet.cost
+    after, cost = spool.count_whole(arrays, n_blocks), session.fleet.cost
     session.say(f"{after} of {n_blocks} blocks are in {spool.spool.place}: {cost['blocks_made']:.0f} made, "
                 f"{cost['harvested_tokens']:,.0f} tokens, {cost['forward_passes']:,.0f} forward passes")  # fmt: skip
     if after < n_blocks:
         session.say(f"{n_blocks - after} blocks found no room (data.spool_gb {sweep.spec.data.spool_gb:g}); what is "
                     f"there: penstock spool list {spool.spool.place}")  # fmt: skip
     return int(after < n_blocks)
-
-
-def _complete(spool: SpooledStream, arrays: tuple[str, ...], n_blocks: int) -> int:
-    """How many blocks are there at all hook points."""
-    return len(set(range(n_blocks)).intersection(*(spool.blocks(name) for name in arrays)))
 
 
 class _Consumer(threading.Thread):

@@ -48,9 +48,9 @@ class Meters:
 
     def update(self, stream: "Stream") -> None:
         """Show how the stream stands now."""
+        cost = stream.cost
         for name, counter in self._counters.items():
-            total = stream.state.blocks_remade if name == "blocks_remade" else stream.cost[name]
-            self._raise(counter, (name, ""), total, {})
+            self._raise(counter, (name, ""), cost[name], {})
         status = stream.status()
         self._window.set(status["blocks_in_store"] / status["window"])
         states = [

@@ -190,8 +190,8 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
         check_context_size(description, data.context_size)
         packs = plan_packs(spec, plan_saes(spec, description, train_id=""))
         if data.activations is not None:
-            arrays = {name for pack in packs for name in pack.hook_points}
-            widths = {name: description.hook_points[parse_array(name)[0]] for name in sorted(arrays)}
+            arrays = sorted(arrays_of(packs))
+            widths = {name: description.hook_points[parse_array(name)[0]] for name in arrays}
             open_given(data).check(spec, widths)
         check_data(data, model, spec.train, description.vocab_size)
     except UserError as error:
@@ -362,8 +362,12 @@ def memory_of_block(spec: SweepSpec, model: ModelDescription, packs: Sequence[Pl
     """Bytes of one block as it lies in the object store, with all arrays that the packs are fed."""
     width = 4 if spec.model.dtype == "float32" else 2
     tokens = spec.data.block_rows * (spec.data.context_size - spec.data.exclude.first_positions)
-    arrays = {name for pack in packs for name in pack.hook_points}
-    return sum(tokens * model.hook_points[parse_array(name)[0]] * width for name in arrays)
+    return sum(tokens * model.hook_points[parse_array(name)[0]] * width for name in arrays_of(packs))
+
+
+def arrays_of(packs: Sequence[PlannedPack]) -> tuple[str, ...]:
+    """The arrays of the stream that the packs are fed, each once."""
+    return tuple(dict.fromkeys(name for pack in packs for name in pack.hook_points))
 
 
 def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
@@ -413,10 +417,9 @@ def describe(
     blocks = len(rounds) * schedule.n_blocks
     spooling = [f"spool      off: {len(rounds)} waves make every block {len(rounds)} times"] if len(rounds) > 1 else []
     if spool is not None:
-        arrays = {name for pack in packs for name in pack.hook_points}
-        there = set(range(schedule.n_blocks)).intersection(*(spool.blocks(name) for name in arrays))
-        blocks = schedule.n_blocks - len(there) if arrays else 0
-        spooling = [f"spool      {spool.spool.place}: {len(there)} of {schedule.n_blocks} blocks are there, the "
+        there = spool.count_whole(arrays_of(packs), schedule.n_blocks)
+        blocks = schedule.n_blocks - there
+        spooling = [f"spool      {spool.spool.place}: {there} of {schedule.n_blocks} blocks are there, the "
                     f"others take {blocks * block_bytes / 1e9:.2f} GB of at most {spec.data.spool_gb:g}"]  # fmt: skip
     if spec.data.activations is not None:
         blocks = 0

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from penstock.batches import Schedule
+from penstock.calibrations import calibration_file
 from penstock.given import open_given
 from penstock.home import Home
 from penstock.identity import code_hash, content_id
@@ -125,7 +126,7 @@ class ResolvedSweep:
         }  # fmt: skip
 
     def calibration_file(self, array: str) -> str:
-        return f"{self.calibration_folder}/{array}.safetensors"
+        return calibration_file(self.calibration_folder, array)
 
     @property
     def attempt_file(self) -> str:

@@ -172,6 +172,10 @@ class SpooledStream:
         matches = (_BLOCK.fullmatch(f"{array}/{name}") for name in names)
         return sorted(int(match[2]) for match in matches if match and not match[3])
 
+    def count_whole(self, arrays: Iterable[str], n_blocks: int) -> int:
+        """How many of the first `n_blocks` blocks are there at all of these arrays."""
+        return len(set(range(n_blocks)).intersection(*(self.blocks(array) for array in arrays)))
+
     def has(self, array: str, block: int) -> bool:
         """Whether there is such a block, damaged or not; False where the storage does not answer."""
         try:

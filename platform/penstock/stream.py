@@ -56,8 +56,8 @@ class Stream:
         self.state = state
         self.hosts: dict[str, Host] = {}
         self.broken: dict[str, str] = {}  # hosts that could not be built, and why
-        self.cost = {
-            "blocks_made": 0, "blocks_remade": 0, "blocks_lost": 0, "spool_hits": 0, "blocks_spooled": 0,
+        self._cost = {
+            "blocks_made": 0, "blocks_lost": 0, "spool_hits": 0, "blocks_spooled": 0,
             "forward_passes": 0, "harvested_tokens": 0, "harvest_seconds": 0.0,
         }  # fmt: skip
         self.consumed: dict[str, dict[str, float]] = {}  # pack -> what it has said of itself
@@ -113,7 +113,7 @@ class Stream:
     async def forget(self, pack_id: str, block: int, arrays: Sequence[str], reason: str) -> None:
         """A pack could not read arrays of a block that was handed out."""
         if self.state.forget(pack_id, block, arrays):
-            self.cost["blocks_lost"] += 1
+            self._cost["blocks_lost"] += 1
             self._log(f"block {block} is lost ({reason}); it is made again")
             await self._notify()
 
@@ -151,8 +151,12 @@ class Stream:
         """For the driver: what the packs have reported since the last call (`mail`), the cost so far, a fatal error,
         and how things stand (`status`)."""
         mail, self._mail = self._mail, []
-        self.cost["blocks_remade"] = self.state.blocks_remade
-        return {"mail": mail, "cost": dict(self.cost), "fatal": self.state.fatal, "status": self.status()}
+        return {"mail": mail, "cost": self.cost, "fatal": self.state.fatal, "status": self.status()}
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What making and losing blocks has come to so far."""
+        return {**self._cost, "blocks_remade": self.state.blocks_remade}
 
     def status(self) -> dict[str, Any]:
         """How things stand: hosts, window, and every pack's cursor, lag behind the foremost, and figures."""
@@ -217,11 +221,11 @@ class Stream:
         await self._notify()
 
     def _count(self, info: BlockInfo) -> None:
-        self.cost["spool_hits" if info.from_spool else "blocks_made"] += 1
-        self.cost["blocks_spooled"] += bool(info.spooled)
-        self.cost["forward_passes"] += info.forward_passes
-        self.cost["harvested_tokens"] += 0 if info.from_spool else info.tokens
-        self.cost["harvest_seconds"] += info.seconds
+        self._cost["spool_hits" if info.from_spool else "blocks_made"] += 1
+        self._cost["blocks_spooled"] += bool(info.spooled)
+        self._cost["forward_passes"] += info.forward_passes
+        self._cost["harvested_tokens"] += 0 if info.from_spool else info.tokens
+        self._cost["harvest_seconds"] += info.seconds
         if info.notice and info.notice not in self._noticed:
             self._noticed.add(info.notice)
             self._log(info.notice)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from penstock.activations import from_wire
 from penstock.batches import Schedule, batches, checkpoint_steps
+from penstock.calibrations import calibration_file, load_calibration, store_calibrations
 from penstock.consumer import StreamClient
 from penstock.errors import UserError
 from penstock.fence import Fence, FencedError
@@ -21,7 +20,7 @@ from penstock.pack import Pack, PackMember, PackOutOfMemoryError
 from penstock.spool import SpooledStream
 from penstock.storage import Storage
 from penstock.trial import PAUSE_SECONDS, has_ended
-from sae_core import Calibration, TrainingSettings, calibrate
+from sae_core import Calibration, TrainingSettings
 
 TAIL_TOKENS = 8192  # the last of the run, on which thresholds are calibrated when an SAE is exported
 
@@ -132,11 +131,7 @@ def last_tokens(schedule: Schedule) -> slice:
 def _calibrations(job: PackJob, client: StreamClient) -> dict[str, Calibration]:
     """The calibration of each array. A host stores it when it makes block 0; where block 0 comes from a spool that
     somebody else has filled, it is worked out here: the same numbers, from the same block."""
-    names = {array: f"{job.calibration_folder}/{array}.safetensors" for array in job.hook_points}
-    if not all(job.storage.exists(name) for name in names.values()):
-        first = client.block(0)
-        for array, name in names.items():
-            if not job.storage.exists(name):
-                calibration = calibrate(from_wire(first[array], job.dtype))
-                job.storage.write(name, save_tensors(calibration.to_tensors()))
-    return {array: Calibration.from_tensors(load_tensors(job.storage.read(name))) for array, name in names.items()}
+    storage, folder, arrays = job.storage, job.calibration_folder, job.hook_points
+    if not all(storage.exists(calibration_file(folder, array)) for array in arrays):
+        store_calibrations(storage, folder, client.block(0), job.dtype)
+    return {array: load_calibration(storage, folder, array) for array in arrays}
