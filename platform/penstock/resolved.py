@@ -14,6 +14,7 @@ from penstock.identity import code_hash, content_id
 from penstock.models import ModelDescription
 from penstock.plan import PlannedSAE, plan_saes, stream_identity
 from penstock.spec import SweepSpec
+from penstock.splits import Split
 from penstock.spool import Spool, SpooledStream
 from penstock.storage import Storage
 from penstock.tokens import TokenStore
@@ -36,7 +37,8 @@ class ResolvedSweep:
 
     @cached_property
     def sweep_id(self) -> str:
-        return content_id([self.spec.name, sorted(sae.sae_id for sae in self.saes), self.protocol])
+        search = [self.spec.search.model_dump()] if self.spec.search.is_on else []
+        return content_id([self.spec.name, sorted(sae.sae_id for sae in self.saes), self.protocol, *search])
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -45,17 +47,21 @@ class ResolvedSweep:
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
-        """What the figures depend on beside the SAE: it is recorded beside them."""
+        """What the published figures depend on beside the SAE: it is recorded beside them."""
+        return self.protocol_of("report")
+
+    def protocol_of(self, split: Split) -> dict[str, Any]:
+        """What figures depend on beside the SAE. Decisions are made on `search`, what is published is of `report`."""
         data, model = self.spec.data, self.spec.model
         return {
-            "version": 1,
+            "version": 2,
             "dataset": data.label,
-            "split": "report",
+            "split": split,
             "tokens": self.store.id,
-            "report_tokens": data.report_tokens,
-            "context_size": data.context_size,
+            f"{split}_tokens": getattr(data, f"{split}_tokens"),
+            "context_size": self.spec.evaluate.context_size or data.context_size,
             "bos": data.bos,
-            "ablation": "zero",
+            "ablation": self.spec.evaluate.ablation,
             "exclude": data.exclude.model_dump(),
             "dtype": model.dtype,
             "processing": model.processing,

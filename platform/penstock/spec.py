@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -234,26 +235,58 @@ class TrainSpec(_Section):
         return self
 
 
+def _band(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError("an L0 band is LO:HI (50:200)")
+    return parse_band(value) if isinstance(value, str) else value
+
+
+def _ordered_band(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] <= value[1]:
+        raise ValueError("an L0 band is LO:HI with LO at most HI, neither below 0 (50:200)")
+    return value
+
+
+L0Band = Annotated[tuple[float, float], BeforeValidator(_band), AfterValidator(_ordered_band)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class EvaluateSpec(_Section):
+    """How the figures are measured. Those of different protocols are never compared."""
+
+    ablation: Literal["zero", "mean"] = Field("zero", description="what CE recovered is measured against")
+    context_size: int | None = Field(None, gt=1, description="of the evaluated rows; data.context_size unless given")
+
+
+class SearchSpec(_Section):
+    """What is decided while the sweep runs, by figures of the `search` split alone."""
+
+    prune: bool = Field(False, description="stop SAEs on the way that others of their hook point and width beat")
+    margin: float = Field(0.1, ge=0, description="by how much, of the variance that they leave unexplained")
+    fill: int = Field(0, ge=0, description="so many more SAEs, where the front has its widest gaps")
+
+    @property
+    def is_on(self) -> bool:
+        return self.prune or self.fill > 0
+
+
+class TargetSpec(_Section):
+    """What an SAE should reach; each is marked against it."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a band may have no upper end
+
+    l0: L0Band | None = None
+    ce_recovered: Share | None = None
+    explained_variance: Share | None = None
+    dead_fraction: Share | None = Field(None, description="at most")
+
+
 class SelectSpec(_Section):
     """The L0 band inside which the front is taken, as `LO:HI`."""
 
     model_config = ConfigDict(allow_inf_nan=True)  # a band may have no upper end
 
-    l0_band: tuple[float, float] | None = None
-
-    @field_validator("l0_band", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        if isinstance(value, int | float):
-            raise ValueError("an L0 band is LO:HI (50:200)")
-        return parse_band(value) if isinstance(value, str) else value
-
-    @field_validator("l0_band")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 <= value[0] <= value[1]:
-            raise ValueError("an L0 band is LO:HI with LO at most HI, neither below 0 (50:200)")
-        return value
+    l0_band: L0Band | None = None
 
 
 def parse_band(text: str) -> tuple[float, float]:
@@ -307,6 +340,9 @@ class SweepSpec(_Section):
     train: TrainSpec
     saes: list[dict[str, Any]] = Field(min_length=1)
     baselines: BaselineSpec = BaselineSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    search: SearchSpec = SearchSpec()
+    targets: TargetSpec = TargetSpec()
     select: SelectSpec = SelectSpec()
     resources: ResourceSpec = ResourceSpec()
 
