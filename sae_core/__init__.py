@@ -14,7 +14,7 @@ _MODULES = {
     ],
     "baselines": ["TopKBasis"],
     "errors": ["CheckpointError", "ConfigError", "UserError"],
-    "evaluation": ["EvaluationSums", "evaluate_rows"],
+    "evaluation": ["ROW_SUMS", "EvaluationSums", "evaluate_rows", "metrics_of"],
     "normalization": ["Calibration", "calibrate"],
     "sae": ["SAE", "SAEConfig"],
     "settings": ["SAESettings", "TrainingSettings", "read_settings"],

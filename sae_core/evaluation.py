@@ -1,13 +1,17 @@
 """What an SAE does to the language model and to the activations, by SAELens' formulas, many SAEs at once.
 
     ce_recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)      ablated: all activations at the hook point 0
+    ce_increase = CE_sae - CE_clean, in nats
     kl_recovered = (KL_ablated - KL_sae) / KL_ablated                   KL(clean || other)
-    explained_variance = 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2)
+    explained_variance = 1 - E||x - x_hat||^2 / E||x - E x||^2
     mse = E||x - x_hat||^2 (summed over d_in)      relative_reconstruction_bias = E||x_hat||^2 / E<x, x_hat>
     cosine, l2_ratio, l0 (entries not 0), l1: means over tokens
 
-Excluded tokens count in nothing. Their activations pass unchanged through the SAE's run and are zero in the ablated
-one, as SAELens does. Cross-entropy counts at kept positions that have a next token, KL at all kept positions.
+Sums are kept a row of tokens, so that figures of any choice of rows can be had from them, a bootstrap's too.
+
+Excluded tokens count in nothing. Their activations pass unchanged through the SAE's run and are ablated like all others
+in the ablated one, as SAELens does. Cross-entropy counts at kept positions that have a next token, KL at all kept
+positions. Ablated activations may be another vector than zeros, usually their mean; SAELens knows zeros only.
 
 A transcoder reads one hook point and is judged at the other one, that it writes: there its output is put into the
 model, there activations are ablated, and x in the formulas is what the model itself has there. SAELens' evaluations
@@ -16,8 +20,10 @@ models, too) leave its skip connection out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
@@ -26,70 +32,103 @@ from sae_core.errors import ConfigError
 from sae_core.functional import cosine, l2_ratio, squared_error
 from sae_core.hooked import Rerun
 
+Figures = Mapping[str, Any]  # a number or an array of one shape for each name
+
+_STORED = (
+    "n_tokens", "n_predictions", "ce_clean", "ce_ablated", "ce_sae", "kl_ablated", "kl_sae", "l0", "l1",
+    "squared_error", "square_x", "square_x_hat", "x_dot_x_hat", "cosine", "l2_ratio",
+)  # fmt: skip
+ROW_SUMS = (*_STORED[:10], "square_centred", *_STORED[10:])
+"""What is summed over the kept tokens of a row. `n_predictions`: those with a next token, over which CE is summed.
+`square_centred`: of ||x - m||^2, where m is the mean over the tokens of all rows."""
+
 
 @dataclass
 class EvaluationSums:
-    """Sums over tokens, in float64, from which all metrics come; those of disjoint tokens add up by `merge`."""
+    """Sums over the kept tokens of each row, from which all metrics come; those of other rows are added by `merge`.
 
-    n_tokens: int
-    n_predictions: int
-    ce_clean: float
-    ce_ablated: float
-    ce_sae: float
-    kl_ablated: float
-    kl_sae: float
-    l0: float
-    l1: float
-    squared_error: float
-    square_x: float
-    square_x_hat: float
-    x_dot_x_hat: float
-    cosine: float
-    l2_ratio: float
-    sum_x: Tensor  # [d_out] float64, CPU; x is what is to be reconstructed
-    fired: Tensor  # [d_sae] int64, CPU: on how many tokens each latent was not 0
+    Arrays are numpy's, on the CPU; scalars' sums are float64 [rows], in the order in which the rows were given.
+    """
 
-    def merge(self, other: "EvaluationSums") -> "EvaluationSums":
-        """Add `other`'s sums to these; returns self."""
-        if self.sum_x.shape != other.sum_x.shape or self.fired.shape != other.fired.shape:
-            raise ConfigError("only sums of the same SAE can be merged: their d_out or d_sae differ")
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+    n_tokens: np.ndarray
+    n_predictions: np.ndarray
+    ce_clean: np.ndarray
+    ce_ablated: np.ndarray
+    ce_sae: np.ndarray
+    kl_ablated: np.ndarray
+    kl_sae: np.ndarray
+    l0: np.ndarray
+    l1: np.ndarray
+    squared_error: np.ndarray
+    square_x: np.ndarray
+    square_x_hat: np.ndarray
+    x_dot_x_hat: np.ndarray
+    cosine: np.ndarray
+    l2_ratio: np.ndarray
+    sum_x: np.ndarray  # [rows, d_out] float64; x is what is to be reconstructed. One object for all SAEs of a call
+    fired: np.ndarray  # [d_sae] int64: on how many tokens of all rows each latent was not 0
+
+    def merge(self, *others: "EvaluationSums") -> "EvaluationSums":
+        """Append the rows of `others` to these, in the order given; returns self."""
+        for other in others:
+            if self.sum_x.shape[1:] != other.sum_x.shape[1:] or self.fired.shape != other.fired.shape:
+                raise ConfigError("only sums of the same SAE can be merged: their d_out or d_sae differ")
+        for name in (*_STORED, "sum_x"):
+            setattr(self, name, np.concatenate([getattr(one, name) for one in (self, *others)]))
+        self.fired = sum((other.fired for other in others), start=self.fired)
         return self
 
-    def metrics(self, dead: Tensor | None = None) -> dict[str, float]:
+    def rows(self) -> dict[str, np.ndarray]:
+        """Each of ROW_SUMS, [rows]."""
+        mean = self.sum_x.sum(0) / max(self.n_tokens.sum(), 1)
+        centred = self.square_x - 2 * (self.sum_x @ mean) + self.n_tokens * (mean @ mean)
+        stored = {name: getattr(self, name) for name in _STORED}
+        return {name: centred if name == "square_centred" else stored[name] for name in ROW_SUMS}
+
+    @property
+    def feature_density(self) -> np.ndarray:
+        """Share of the kept tokens on which each latent was not 0, [d_sae]."""
+        return self.fired / self.n_tokens.sum()
+
+    def metrics(self, dead: Tensor | np.ndarray | None = None) -> dict[str, float]:
         """All metrics. `dead` [d_sae] bool says which latents are dead where a larger count than this one knows;
-        by default those that fired on none of the n_tokens."""
-        if self.n_tokens == 0 or self.n_predictions == 0:
-            raise ConfigError(f"{self.n_tokens} tokens were kept: an evaluation needs one that has a next token")
-        n = self.n_tokens
-        ce_clean, ce_ablated, ce_sae = (
-            total / self.n_predictions for total in (self.ce_clean, self.ce_ablated, self.ce_sae)
-        )
-        variance = self.square_x / n - float((self.sum_x / n).square().sum())
-        dead = self.fired == 0 if dead is None else dead
-        return {
-            "l0": self.l0 / n,
-            "l1": self.l1 / n,
-            "ce_recovered": _ratio(ce_ablated - ce_sae, ce_ablated - ce_clean),
-            "ce_clean": ce_clean,
-            "ce_ablated": ce_ablated,
-            "ce_sae": ce_sae,
-            "kl_recovered": _ratio(self.kl_ablated - self.kl_sae, self.kl_ablated),
-            "kl_sae": self.kl_sae / n,
-            "kl_ablated": self.kl_ablated / n,
-            "explained_variance": 1 - _ratio(self.squared_error / n, variance),
-            "mse": self.squared_error / n,
-            "cosine": self.cosine / n,
-            "l2_ratio": self.l2_ratio / n,
-            "relative_reconstruction_bias": _ratio(self.square_x_hat, self.x_dot_x_hat),
-            "dead_fraction": float(dead.double().mean()),
-            "n_tokens": n,
-        }
+        by default those that fired on none of the tokens."""
+        totals = {name: float(sums.sum()) for name, sums in self.rows().items()}
+        if totals["n_tokens"] == 0 or totals["n_predictions"] == 0:
+            kept = int(totals["n_tokens"])
+            raise ConfigError(f"{kept} tokens were kept: an evaluation needs one that has a next token")
+        dead = np.asarray(self.fired == 0 if dead is None else dead)
+        found = {name: float(value) for name, value in metrics_of(totals).items()}
+        return found | {"dead_fraction": float(dead.mean()), "n_tokens": int(totals["n_tokens"])}
 
 
-def _ratio(a: float, b: float) -> float:
-    return a / b if b != 0 else float("nan")
+def metrics_of(sums: Figures) -> dict[str, Any]:
+    """Every metric but dead_fraction from totals of ROW_SUMS over rows: numbers, or arrays of one shape (a bootstrap's
+    replicates, say), for numbers or arrays. What would be divided by 0 is NaN."""
+    n, predictions = sums["n_tokens"], sums["n_predictions"]
+    ce_clean, ce_ablated, ce_sae = (_ratio(sums[name], predictions) for name in ("ce_clean", "ce_ablated", "ce_sae"))
+    return {
+        "l0": _ratio(sums["l0"], n),
+        "l1": _ratio(sums["l1"], n),
+        "ce_recovered": _ratio(ce_ablated - ce_sae, ce_ablated - ce_clean),
+        "ce_increase": ce_sae - ce_clean,
+        "ce_clean": ce_clean,
+        "ce_ablated": ce_ablated,
+        "ce_sae": ce_sae,
+        "kl_recovered": _ratio(sums["kl_ablated"] - sums["kl_sae"], sums["kl_ablated"]),
+        "kl_sae": _ratio(sums["kl_sae"], n),
+        "kl_ablated": _ratio(sums["kl_ablated"], n),
+        "explained_variance": 1 - _ratio(sums["squared_error"], sums["square_centred"]),
+        "mse": _ratio(sums["squared_error"], n),
+        "cosine": _ratio(sums["cosine"], n),
+        "l2_ratio": _ratio(sums["l2_ratio"], n),
+        "relative_reconstruction_bias": _ratio(sums["square_x_hat"], sums["x_dot_x_hat"]),
+        "n_tokens": n,
+    }
+
+
+def _ratio(a: Any, b: Any) -> Any:
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=np.not_equal(b, 0))[()]
 
 
 @torch.no_grad()
@@ -102,15 +141,18 @@ def evaluate_rows(
     *,
     rows_per_forward: int,
     writes: str | None = None,
+    ablation: Tensor | None = None,
 ) -> dict[str, EvaluationSums]:
     """Evaluate SAEs of one hook point on the same rows of tokens: anything with `reconstruct` (x -> latents and
     reconstruction), or else with `encode` and `decode`.
 
     model: TransformerLens' TransformerBridge or HookedTransformer. tokens, kept: [rows, context], integer and bool.
     writes: the hook point that transcoders reconstruct from `hook_point`, at or behind it in the model.
+    ablation: the vector [d_out] that stands for every activation in the ablated run, for example the mean; zeros if
+    None.
     The clean and the ablated pass run once for all SAEs, and the passes with an SAE start at the layer that is written
-    where the model allows it. Raises ConfigError if the model has no such hook point, or a reconstruction is of
-    another width than what is to be reconstructed.
+    where the model allows it. Raises ConfigError if the model has no such hook point, or a reconstruction or `ablation`
+    is of another width than what is to be reconstructed.
     """
     if tokens.shape != kept.shape or tokens.ndim != 2:
         raise ConfigError(
@@ -119,23 +161,41 @@ def evaluate_rows(
     rerun = Rerun(model, writes or hook_point, reads=hook_point)
     device = next(model.parameters()).device
     tokens, kept = tokens.to(device), kept.to(device, torch.bool)
-    results: dict[str, EvaluationSums] = {}
-    for rows, keep in zip(tokens.split(rows_per_forward), kept.split(rows_per_forward), strict=True):
-        for name, sums in _evaluate_forward(rerun, saes, rows, keep).items():
-            results[name] = results[name].merge(sums) if name in results else sums
+    passes = [
+        _evaluate_forward(rerun, saes, rows, keep, ablation)
+        for rows, keep in zip(tokens.split(rows_per_forward), kept.split(rows_per_forward), strict=True)
+    ]
+    shared = {name: np.concatenate([common[name] for common, _ in passes]) for name in passes[0][0]}
+    results = {}
+    for name in saes:
+        own = [of_saes[name] for _, of_saes in passes]
+        sums = {key: np.concatenate([one[key] for one in own]) for key in own[0] if key != "fired"}
+        results[name] = EvaluationSums(**shared, **sums, fired=np.sum([one["fired"] for one in own], axis=0))
     return results
 
 
 def _evaluate_forward(
-    rerun: Rerun, saes: Mapping[str, nn.Module], rows: Tensor, keep: Tensor
-) -> dict[str, EvaluationSums]:
+    rerun: Rerun, saes: Mapping[str, nn.Module], rows: Tensor, keep: Tensor, ablation: Tensor | None
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
+    """Sums over some rows by field of EvaluationSums: (those that SAEs have in common, those of each SAE)."""
     logits, activations = rerun.clean(rows)
     behaviour = _Behaviour(logits, rows, keep)
     del logits
-    ce_ablated, kl_ablated = behaviour.compare(rerun.replaced(torch.zeros_like(activations)))
+    ce_ablated, kl_ablated = behaviour.compare(rerun.replaced(_ablated(activations, ablation, rerun.hook_point)))
     x, target = (_wide(given[keep]) for given in (rerun.inputs, activations))
     target_64 = target.double()
-    results = {}
+    sum_x = torch.zeros(len(rows), target.shape[1], dtype=torch.float64, device=target.device)
+    common = {
+        "n_tokens": keep.sum(1),
+        "n_predictions": behaviour.has_next.sum(1),
+        "ce_clean": behaviour.ce_clean,
+        "ce_ablated": ce_ablated,
+        "kl_ablated": kl_ablated,
+        "square_x": _row_sums(target_64.square().sum(1), keep),
+    }
+    common = dict(zip(common, torch.stack([sums.double() for sums in common.values()]).cpu().numpy(), strict=True))
+    common["sum_x"] = sum_x.index_add_(0, keep.nonzero()[:, 0], target_64).cpu().numpy()
+    of_saes = {}
     for name, sae in saes.items():
         f, x_hat = _reconstruct(sae, x)
         if x_hat.shape != target.shape:
@@ -146,24 +206,37 @@ def _evaluate_forward(
         replaced = activations.clone()
         replaced[keep] = x_hat.to(activations.dtype)
         ce_sae, kl_sae = behaviour.compare(rerun.replaced(replaced))
-        x_hat_64 = x_hat.double()
-        sums = torch.stack(
-            [
-                *(behaviour.ce_clean, ce_ablated, ce_sae, kl_ablated, kl_sae),
-                (f != 0).sum().double(),
-                f.abs().sum(dtype=torch.float64),
-                squared_error(target_64, x_hat_64).sum(),
-                target_64.square().sum(),
-                x_hat_64.square().sum(),
-                (target_64 * x_hat_64).sum(),
-                cosine(target_64, x_hat_64).sum(),
-                l2_ratio(target_64, x_hat_64).sum(),
-            ]
-        ).tolist()
-        results[name] = EvaluationSums(
-            len(x), behaviour.n_predictions, *sums, sum_x=target_64.sum(0).cpu(), fired=(f != 0).sum(0).cpu()
-        )
-    return results
+        x_hat_64, active = x_hat.double(), f != 0
+        of_tokens = {
+            "l0": active.sum(1),
+            "l1": f.abs().sum(1, dtype=torch.float64),
+            "squared_error": squared_error(target_64, x_hat_64),
+            "square_x_hat": x_hat_64.square().sum(1),
+            "x_dot_x_hat": (target_64 * x_hat_64).sum(1),
+            "cosine": cosine(target_64, x_hat_64),
+            "l2_ratio": l2_ratio(target_64, x_hat_64),
+        }
+        sums = {"ce_sae": ce_sae, "kl_sae": kl_sae}
+        sums |= {key: _row_sums(values, keep) for key, values in of_tokens.items()}
+        of_saes[name] = dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
+        of_saes[name]["fired"] = active.sum(0).cpu().numpy()
+    return common, of_saes
+
+
+def _ablated(activations: Tensor, ablation: Tensor | None, hook_point: str) -> Tensor:
+    if ablation is None:
+        return torch.zeros_like(activations)
+    d_out = activations.shape[-1]
+    if ablation.shape != (d_out,):
+        raise ConfigError(f"ablation has shape {list(ablation.shape)}; accepted: [{d_out}], the width of {hook_point!r}")
+    return ablation.to(activations).expand_as(activations).contiguous()
+
+
+def _row_sums(values: Tensor, keep: Tensor) -> Tensor:
+    """Sums in float64, [rows], of what the kept tokens have, [kept tokens]."""
+    placed = torch.zeros(keep.shape, dtype=torch.float64, device=values.device)
+    placed[keep] = values.double()
+    return placed.sum(1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -184,13 +257,12 @@ def _reconstruct(sae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Behaviour:
-    """The clean model's predictions, to compare others with. Sums over kept positions, in float64."""
+    """The clean model's predictions, to compare others with. Sums over each row's kept positions, in float64."""
 
     def __init__(self, logits: Tensor, rows: Tensor, keep: Tensor):
         self.keep = keep
         self.has_next = keep.clone()
         self.has_next[:, -1] = False
-        self.n_predictions = int(self.has_next.sum())
         self.targets = rows.roll(-1, dims=1).long()[..., None]
         log_p = log_softmax(logits.float(), dim=-1)
         self.p = log_p.exp()
@@ -198,13 +270,16 @@ class _Behaviour:
         self.ce_clean = self._cross_entropy(log_p)
 
     def _cross_entropy(self, log_q: Tensor) -> Tensor:
-        return -log_q.gather(-1, self.targets)[..., 0][self.has_next].sum(dtype=torch.float64)
+        return _masked_sum(-log_q.gather(-1, self.targets)[..., 0], self.has_next)
 
     def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of CE, sum of KL(clean || other)); the clean part of the KL is not computed again."""
+        """(sums of CE [rows], sums of KL(clean || other) [rows]); the clean part of the KL is not computed again."""
         log_q = log_softmax(logits.float(), dim=-1)
-        kl = (self.negative_entropy - _dot(self.p, log_q))[self.keep]
-        return self._cross_entropy(log_q), kl.sum(dtype=torch.float64)
+        return self._cross_entropy(log_q), _masked_sum(self.negative_entropy - _dot(self.p, log_q), self.keep)
+
+
+def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values.double(), 0.0).sum(1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

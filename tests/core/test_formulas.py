@@ -2,16 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from sae_core import (
+    ROW_SUMS,
     ConfigError,
     EvaluationSums,
     GatedSettings,
     SAETrainer,
     StandardSettings,
     TrainingSettings,
+    metrics_of,
     parse_settings,
 )
 from sae_core.architectures import BatchTopKSAE, GatedSAE, MatryoshkaSAE, StandardSAE, TopKSAE
@@ -283,36 +286,56 @@ def test_a_constant_lr_does_not_fall():
 
 
 def sums(**changes) -> EvaluationSums:
+    """Of two rows of one token each: x is (3, 0) and (-1, 0), so that it is 2 from its mean in both."""
     given = dict(
-        n_tokens=2, n_predictions=2, ce_clean=2.0, ce_ablated=10.0, ce_sae=4.0, kl_ablated=8.0, kl_sae=2.0, l0=6.0,
-        l1=9.0, squared_error=3.0, square_x=10.0, square_x_hat=8.0, x_dot_x_hat=16.0, cosine=1.5, l2_ratio=1.0,
-        sum_x=torch.tensor([2.0, 0.0]).double(), fired=torch.tensor([1, 0, 2, 0]),
+        n_tokens=[1, 1], n_predictions=[1, 1], ce_clean=[0.5, 1.5], ce_ablated=[4, 6], ce_sae=[3, 1],
+        kl_ablated=[2, 6], kl_sae=[1, 1], l0=[4, 2], l1=[4, 5], squared_error=[3, 0], square_x=[9, 1],
+        square_x_hat=[6, 2], x_dot_x_hat=[12, 4], cosine=[0.5, 1], l2_ratio=[0.25, 0.75], sum_x=[[3, 0], [-1, 0]],
     )  # fmt: skip
-    return EvaluationSums(**{**given, **changes})
+    arrays = {name: np.array(values, dtype=np.float64) for name, values in {**given, **changes}.items()}
+    return EvaluationSums(**{"fired": np.array([1, 0, 2, 0]), **arrays})
+
+
+METRICS = {
+    "l0": 3.0, "l1": 4.5, "ce_recovered": 0.75, "ce_increase": 1.0, "ce_clean": 1.0, "ce_ablated": 5.0, "ce_sae": 2.0,
+    "kl_recovered": 0.75, "kl_sae": 1.0, "kl_ablated": 4.0, "explained_variance": 1 - 3 / 8, "mse": 1.5,
+    "cosine": 0.75, "l2_ratio": 0.5, "relative_reconstruction_bias": 0.5, "n_tokens": 2,
+}  # fmt: skip
 
 
 def test_evaluation_metrics_from_sums():
-    assert sums().metrics() == {
-        "l0": 3.0, "l1": 4.5, "ce_recovered": 0.75, "ce_clean": 1.0, "ce_ablated": 5.0, "ce_sae": 2.0,
-        "kl_recovered": 0.75, "kl_sae": 1.0, "kl_ablated": 4.0,
-        "explained_variance": 1 - 1.5 / (5 - 1), "mse": 1.5, "cosine": 0.75, "l2_ratio": 0.5,
-        "relative_reconstruction_bias": 0.5, "dead_fraction": 0.5, "n_tokens": 2,
-    }  # fmt: skip
+    assert sums().metrics() == {**METRICS, "dead_fraction": 0.5}
     assert sums().metrics(dead=torch.tensor([False, True, False, False]))["dead_fraction"] == 0.25
+    assert sums().feature_density.tolist() == [0.5, 0, 1, 0]
 
 
-def test_merged_sums_are_sums_of_both():
-    merged = sums().merge(sums(n_tokens=6, l0=2.0, fired=torch.tensor([0, 1, 0, 0])))
-    assert merged.n_tokens == 8
-    assert merged.metrics()["l0"] == 1.0
-    assert merged.fired.tolist() == [1, 1, 2, 0]
+def test_metrics_of_any_choice_of_rows_come_from_their_sums():
+    rows = sums().rows()
+    assert tuple(rows) == ROW_SUMS
+    assert rows["square_centred"].tolist() == [4, 4]
+    choices = np.array([[1, 1], [2, 0], [0, 0]])  # how often each row is drawn: each once, the first twice, none
+    found = metrics_of({name: choices @ values for name, values in rows.items()})
+    assert {name: values[0] for name, values in found.items()} == METRICS
+    first = {name: values[1] for name, values in found.items()}
+    assert (first["l0"], first["ce_increase"], first["ce_recovered"]) == (4, 2.5, 1 / 3.5)
+    assert first["explained_variance"] == 1 - 3 / 4  # about the mean of all rows
+    assert all(np.isnan(values[2]) for name, values in found.items() if name != "n_tokens")
+    assert metrics_of({name: float(values.sum()) for name, values in rows.items()}) == METRICS
+
+
+def test_merged_sums_have_the_rows_of_both():
+    merged = sums().merge(sums(n_tokens=[3, 3], l0=[0, 2], fired=[0, 1, 0, 0]), sums())
+    assert merged.n_tokens.tolist() == [1, 1, 3, 3, 1, 1]
+    assert merged.sum_x.shape == (6, 2)
+    assert merged.metrics()["l0"] == 1.4
+    assert merged.fired.tolist() == [2, 1, 4, 0]
     with pytest.raises(ConfigError, match="d_sae"):
-        sums().merge(sums(fired=torch.tensor([1])))
+        sums().merge(sums(fired=[1]))
 
 
 def test_no_kept_token_is_an_error():
     with pytest.raises(ConfigError, match="0 tokens"):
-        sums(n_tokens=0).metrics()
+        sums(n_tokens=[0, 0]).metrics()
 
 
 def test_sparsity_is_the_log_of_the_firing_rate(data):

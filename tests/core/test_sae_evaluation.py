@@ -100,6 +100,7 @@ def expected_metrics(model, sae, hook_point, tokens, kept, reads=None):
         "ce_clean": ce["clean"],
         "ce_ablated": ce["ablated"],
         "ce_sae": ce["sae"],
+        "ce_increase": ce["sae"] - ce["clean"],
         "ce_recovered": (ce["ablated"] - ce["sae"]) / (ce["ablated"] - ce["clean"]),
         "kl_ablated": kl["ablated"],
         "kl_sae": kl["sae"],
@@ -298,8 +299,8 @@ def test_cross_entropy_and_kl_of_two_tokens_by_hand():
     # one row of two tokens, two words; clean predicts [1/2, 1/2] twice, the other [1/4, 3/4] twice; the next word is 1
     clean, other = torch.zeros(1, 2, 2), torch.tensor([0.25, 0.75]).log().expand(1, 2, 2)
     behaviour = _Behaviour(clean, torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
-    assert behaviour.n_predictions == 1
-    assert behaviour.ce_clean.item() == pytest.approx(math.log(2))
+    assert behaviour.has_next.sum() == 1
+    assert behaviour.ce_clean.tolist() == pytest.approx([math.log(2)])
     ce, kl = behaviour.compare(other)
-    assert ce.item() == pytest.approx(-math.log(0.75))
-    assert kl.item() == pytest.approx(2 * (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)))
+    assert ce.tolist() == pytest.approx([-math.log(0.75)])
+    assert kl.tolist() == pytest.approx([2 * (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75))])
