@@ -86,6 +86,23 @@ class ModelHost:
             replace_rows(from_wire(made[name], self.dtype), torch.stack([outliers[one] for one in judged]).any(0))
         return made
 
+    def sample(
+        self, store: TokenStore, data: DataSpec, split: Split, n_tokens: int, arrays: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The activations of about the first `n_tokens` kept tokens of a split (whole rows of them, or all there are),
+        in their order: [n, d] for each name. Outliers are left out, as in an evaluation."""
+        kept_a_row = store.context_size - data.exclude.first_positions
+        rows = store.rows(split, 0, min(store.n_rows(split), -(-n_tokens // kept_a_row)))
+        found = {}
+        for name in arrays:
+            hook_point, judged = parse_array(name)
+            kept = store.kept(rows)
+            for one in judged if data.exclude.norm_over_median is not None else ():
+                kept = self._without_outliers(store, data, one, split, rows, kept)
+            made = self._activations(rows, kept, np.arange(int(kept.sum())), [hook_point])
+            found[name] = from_wire(made[hook_point], self.dtype)
+        return found
+
     def _harvest(
         self, store: TokenStore, data: DataSpec, block: int, hook_points: Sequence[str]
     ) -> dict[str, np.ndarray]:
@@ -199,21 +216,22 @@ class ModelHost:
     def evaluate(
         self, store: TokenStore, data: DataSpec, hook_point: str, saes: Mapping[str, nn.Module], split: Split,
         start_row: int, stop_row: int, *, writes: str | None = None, tokens_of: Sequence[str] | None = None,
+        ablation: Tensor | None = None,
     ) -> "dict[str, EvaluationSums]":  # fmt: skip
-        """Sums of the metrics of SAEs of one hook point over some rows of a split, to be added up over slices.
+        """Sums of the metrics of SAEs of one hook point, a row of a split; slices are merged in the order of rows.
 
         Transcoders read `hook_point` and are compared with, and put at, `writes`. With `data.exclude.norm_over_median`
         a token counts when its norm, at each of `tokens_of` (what is read and written unless given), is at most that
-        multiple of the median norm of train block 0 there, so that the tokens do not depend on how a split is cut into
-        slices.
+        multiple of the median norm there of train block 0 (in a store to evaluate on alone, of the split's first block
+        of rows), so that the tokens do not depend on how a split is cut into slices. `ablation` [d] takes the place of
+        every activation in the ablated run; zeros do unless it is given.
         """
         from sae_core.evaluation import evaluate_rows
 
         rows = store.rows(split, start_row, stop_row)
         kept = store.kept(rows)
-        if data.exclude.norm_over_median is not None:
-            for name in tokens_of or dict.fromkeys((hook_point, writes or hook_point)):
-                kept = self._without_outliers(store, data, name, rows, kept)
+        for name in tokens_of or dict.fromkeys((hook_point, writes or hook_point)):
+            kept = self._without_outliers(store, data, name, split, rows, kept)
         tokens = torch.from_numpy(rows.astype(np.int64)).to(self.device)
         kept_tokens = torch.from_numpy(kept).to(self.device)
         while True:
@@ -227,6 +245,7 @@ class ModelHost:
                     kept_tokens,
                     rows_per_forward=rows_per_forward,  # noqa: B023
                     writes=writes,
+                    ablation=ablation,
                 )
             )
             if sums is not None:
@@ -234,32 +253,49 @@ class ModelHost:
 
     def evaluate_site(
         self, store: TokenStore, data: DataSpec, site: Site, saes: Mapping[str, nn.Module],
-        bases: Mapping[str, nn.Module], split: Split, start_row: int, stop_row: int,
+        bases: Mapping[str, nn.Module], split: Split, start_row: int, stop_row: int, ablation: Tensor | None = None,
     ) -> "dict[str, EvaluationSums]":  # fmt: skip
         """The sums of the SAEs of a site and of bases of what is written there, on the same tokens."""
-        rows = (split, start_row, stop_row)
+        rows, ablated = (split, start_row, stop_row), {"ablation": ablation}
         if not site.is_transcoder:
-            return self.evaluate(store, data, site.reads, {**saes, **bases}, *rows)
-        sums = self.evaluate(store, data, site.reads, saes, *rows, writes=site.writes) if saes else {}
+            return self.evaluate(store, data, site.reads, {**saes, **bases}, *rows, **ablated)
+        sums = self.evaluate(store, data, site.reads, saes, *rows, writes=site.writes, **ablated) if saes else {}
         if bases:
-            sums |= self.evaluate(store, data, site.writes, bases, *rows, tokens_of=site.hook_points)
+            sums |= self.evaluate(store, data, site.writes, bases, *rows, tokens_of=site.hook_points, **ablated)
         return sums
 
+    def mean_written(self, store: TokenStore, data: DataSpec, site: Site, split: Split) -> Tensor:
+        """float32 [d]: the mean of what is written at a site, over the tokens that count in a split's first block of
+        rows."""
+        rows = store.rows(split, 0, min(store.block_rows, store.n_rows(split)))
+        kept = store.kept(rows)
+        for name in site.hook_points:
+            kept = self._without_outliers(store, data, name, split, rows, kept)
+        return self._kept_activations(rows, kept, site.writes).double().mean(0).float()
+
     def _without_outliers(
-        self, store: TokenStore, data: DataSpec, hook_point: str, rows: np.ndarray, kept: np.ndarray
+        self, store: TokenStore, data: DataSpec, hook_point: str, split: Split, rows: np.ndarray, kept: np.ndarray
     ) -> np.ndarray:
-        assert data.exclude.norm_over_median is not None
-        if (store.train_id, hook_point) not in self._norm_limits:
-            first = self._harvest(store, data, 0, [hook_point])[hook_point]
-            norms = from_wire(first, self.dtype).float().norm(dim=1)
-            self._norm_limits[store.train_id, hook_point] = data.exclude.norm_over_median * norms.median().item()
+        if data.exclude.norm_over_median is None:
+            return kept
+        judged = store.train_id or f"{store.id}/{split}", hook_point
+        if judged not in self._norm_limits:
+            if store.train_id:
+                first = from_wire(self._harvest(store, data, 0, [hook_point])[hook_point], self.dtype)
+            else:
+                first_rows = store.rows(split, 0, min(store.block_rows, store.n_rows(split)))
+                first = self._kept_activations(first_rows, store.kept(first_rows), hook_point)
+            norms = first.float().norm(dim=1)
+            self._norm_limits[judged] = data.exclude.norm_over_median * norms.median().item()
         kept = kept.copy()
-        kept[kept] = (self._norms(rows, kept, hook_point) <= self._norm_limits[store.train_id, hook_point]).numpy()
+        norms = self._kept_activations(rows, kept, hook_point).float().norm(dim=1)
+        kept[kept] = (norms <= self._norm_limits[judged]).numpy()
         return kept
 
-    def _norms(self, rows: np.ndarray, kept: np.ndarray, hook_point: str) -> Tensor:
+    def _kept_activations(self, rows: np.ndarray, kept: np.ndarray, hook_point: str) -> Tensor:
+        """[tokens, d] in the order of the rows, in the model's type."""
         arrays = self._activations(rows, kept, np.arange(int(kept.sum())), [hook_point])
-        return from_wire(arrays[hook_point], self.dtype).float().norm(dim=1)
+        return from_wire(arrays[hook_point], self.dtype)
 
 
 def norm_outliers(activations: Tensor, norm_over_median: float) -> Tensor:

@@ -17,7 +17,7 @@ that dataset. A source with fewer train rows than its share gives them once more
 `data.epochs` times; as the rows do not depend on that limit, no address does.
 
 With `data.activations` there is no train part: the store says in its place which activations are given (see `given`),
-and how many tokens each of their blocks has.
+and how many tokens each of their blocks has. A store to evaluate on alone has neither.
 """
 
 import itertools
@@ -176,14 +176,53 @@ def build_token_store(
     mixture = _Mixture(data, open_corpora(data))
     tokenizer = load_tokenizer(model)
     _check_special_tokens(data, model, tokenizer)
-    parts = {split: _part_id(split, mixture.identity, tokenizer, data, train) for split in _made_splits(data)}
+    parts = _build_parts(_made_splits(data), mixture, tokenizer, data, model, train, storage, parallel_map, progress)
+    given = {} if data.activations is None else {"activations": _given_part(data, train, tokenizer)}
+    store = _commit_store({**_description(parts, data, tokenizer), **given}, storage)
+    for corpus, used in zip(mixture.corpora, store.sources("train"), strict=False):
+        if used.epochs > data.epochs:  # made for a run that allows more
+            raise _too_few("train", corpus, used, data, train)
+    return store
+
+
+def build_evaluation_store(
+    data: DataSpec,
+    model: ModelSpec,
+    splits: Sequence[Split],
+    storage: Storage,
+    *,
+    parallel_map: ParallelMap = map_in_process,
+    progress: Callable[[str], None] = _silent,
+) -> "TokenStore":
+    """A store of rows to evaluate on and none to train on: `data.search_tokens` and `data.report_tokens` kept tokens of
+    those of the two splits that are asked for. What is there and whole is not tokenised again. Raises `DataError` and
+    `ModelError` as `build_token_store` does."""
+    assert splits and "train" not in splits
+    progress(f"reading {data.label}")
+    mixture = _Mixture(data, open_corpora(data))
+    tokenizer = load_tokenizer(model)
+    _check_special_tokens(data, model, tokenizer)
+    parts = _build_parts(splits, mixture, tokenizer, data, model, None, storage, parallel_map, progress)
+    return _commit_store(_description(parts, data, tokenizer), storage)
+
+
+def _build_parts(
+    splits: Sequence[Split], mixture: "_Mixture", tokenizer: Tokenizer, data: DataSpec, model: ModelSpec,
+    train: TrainSpec | None, storage: Storage, parallel_map: ParallelMap, progress: Callable[[str], None],
+) -> dict[Split, str]:  # fmt: skip
+    """The addresses of the parts, all of which are there then."""
+    parts = {split: _part_id(split, mixture.identity, tokenizer, data, train) for split in splits}
     missing = {split for split, part in parts.items() if not _is_whole(storage, part)}
     if missing:
         vocab_size = describe_model(model).vocab_size if any(corpus.holds_ids for corpus in mixture.corpora) else None
         builder = _Builder(data, train, tokenizer, mixture, missing, vocab_size, progress)
         for split, rows, used in builder.build(parallel_map):
             _write_part(storage, parts[split], rows, used)
-    description = {
+    return parts
+
+
+def _description(parts: Mapping[Split, str], data: DataSpec, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
         "parts": parts,
         "context_size": data.context_size,
         "block_rows": data.block_rows,
@@ -192,16 +231,13 @@ def build_token_store(
         "norm_over_median": data.exclude.norm_over_median,
         "seed": data.seed,
     }
-    if data.activations is not None:
-        description["activations"] = _given_part(data, train, tokenizer)
+
+
+def _commit_store(description: Mapping[str, Any], storage: Storage) -> "TokenStore":
     store_id = _address(description)
     if not storage.is_committed(f"tokens/{store_id}"):
         storage.commit_folder(f"tokens/{store_id}", {"store.json": json.dumps(description, indent=1).encode()})
-    store = TokenStore.open(storage, store_id)
-    for corpus, used in zip(mixture.corpora, store.sources("train"), strict=False):
-        if used.epochs > data.epochs:  # made for a run that allows more
-            raise _too_few("train", corpus, used, data, train)
-    return store
+    return TokenStore.open(storage, store_id)
 
 
 def _made_splits(data: DataSpec) -> tuple[Split, ...]:
@@ -234,8 +270,11 @@ def _check_special_tokens(data: DataSpec, model: ModelSpec, tokenizer: Tokenizer
                         f"the documents of {corpus}")  # fmt: skip
 
 
-def _part_id(split: Split, corpus: str | list[Any], tokenizer: Tokenizer, data: DataSpec, train: TrainSpec) -> str:
+def _part_id(
+    split: Split, corpus: str | list[Any], tokenizer: Tokenizer, data: DataSpec, train: TrainSpec | None
+) -> str:
     if split == "train":
+        assert train is not None
         amount = [train.steps, train.batch_tokens, data.block_rows]
     else:
         amount = [data.search_tokens if split == "search" else data.report_tokens]
@@ -461,7 +500,7 @@ class _Builder:
     """
 
     def __init__(
-        self, data: DataSpec, train: TrainSpec, tokenizer: Tokenizer, mixture: _Mixture, missing: set[Split],
+        self, data: DataSpec, train: TrainSpec | None, tokenizer: Tokenizer, mixture: _Mixture, missing: set[Split],
         vocab_size: int | None, progress: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._data, self._train, self._mixture = data, train, mixture
@@ -520,6 +559,7 @@ class _Builder:
 
     def _fewest_rows(self, split: Split) -> int:
         if split == "train":
+            assert self._train is not None
             return math.ceil(self._train.steps / self._most_steps_a_block) * self._data.block_rows
         return math.ceil(_asked(self._data, split) / self._most_kept_a_row)
 
@@ -559,6 +599,7 @@ class _Builder:
         Whatever a source's rows are worth, one permutation of all rows says which places in it are the source's.
         """
         data, train = self._data, self._train
+        assert train is not None
         kept = [supply.kept("train") for supply in self._supplies]
         all_kept = np.concatenate(kept)
         n_blocks = self._fewest_rows("train") // data.block_rows
@@ -602,6 +643,7 @@ class _Builder:
 
     @property
     def _most_steps_a_block(self) -> int:
+        assert self._train is not None
         return max(1, self._data.block_rows * self._most_kept_a_row // self._train.batch_tokens)
 
     @property
@@ -644,7 +686,7 @@ def _passes(repeated: tuple[UsedSource, int]) -> int:
 
 
 def _too_few(
-    split: Split, corpus: Corpus, used: UsedSource, data: DataSpec, train: TrainSpec, *, about: bool = False
+    split: Split, corpus: Corpus, used: UsedSource, data: DataSpec, train: TrainSpec | None, *, about: bool = False
 ) -> DataError:
     """A source has fewer rows than it would have to give; `about` where that number is an estimate."""
     source, estimate, rows = corpus.source, "about " if about else "", f"rows of {data.context_size}"
@@ -652,6 +694,7 @@ def _too_few(
     if data.mixture is not None:
         accepted.insert(1, "a smaller weight")
     if split == "train":
+        assert train is not None
         asked = f"train.tokens {train.tokens}"
         details = [f"data.block_tokens {data.block_tokens}", f"train.batch_tokens {train.batch_tokens}"]
         if data.epochs > 1:
@@ -800,7 +843,8 @@ class TokenStore:
 
     `id` is the address of the whole store. `train_id` identifies the train stream and nothing else: the rows in their
     order (by content), the blocks they form, which of their tokens are kept, and the seed of the blocks' permutations.
-    `given` identifies the activations that are given in place of train rows: None where there are none.
+    `given` identifies the activations that are given in place of train rows: None where there are none. A store to
+    evaluate on alone has no `train_id`: it is empty.
     """
 
     def __init__(self, storage: Storage, store_id: str) -> None:
@@ -819,7 +863,8 @@ class TokenStore:
         self.given: str | None = given.get("identity")
         self._given_kept: list[int] = given.get("kept_per_block", [])
         stream = {key: value for key, value in description.items() if key not in ("parts", "activations")}
-        self.train_id = _address([self.given or self._parts["train"].content, stream])
+        train = self.given or (self._parts["train"].content if "train" in self._parts else None)
+        self.train_id = "" if train is None else _address([train, stream])
 
     @staticmethod
     def open(storage: Storage, store_id: str) -> "TokenStore":

@@ -297,7 +297,7 @@ def test_evaluation_of_slices_adds_up_to_the_whole(folders, store, data):
         whole = evaluated[0][name].metrics()
         parts = evaluated[1][name].merge(evaluated[2][name]).metrics()
         assert whole == pytest.approx(parts, rel=1e-4, abs=1e-6)
-    assert evaluated[0]["same"].n_tokens == store.kept(store.rows("report", 0, n_rows)).sum()
+    assert evaluated[0]["same"].n_tokens.sum() == store.kept(store.rows("report", 0, n_rows)).sum()
     assert evaluated[0]["same"].metrics()["ce_recovered"] == pytest.approx(1, abs=1e-4)
     assert evaluated[0]["top"].metrics()["l0"] == pytest.approx(4)
 
@@ -316,14 +316,14 @@ def test_evaluation_leaves_out_tokens_of_an_unusual_norm(folders, store, data):
     limited = data.model_copy(update={"exclude": data.exclude.model_copy(update={"norm_over_median": 1.2})})
     some = host(folders["gpt2"])
     name, n_rows = HOOK_POINTS[1], store.n_rows("report")
-    counted = some.evaluate(store, limited, name, {"same": Same()}, "report", 0, n_rows)["same"].n_tokens
+    counted = some.evaluate(store, limited, name, {"same": Same()}, "report", 0, n_rows)["same"].n_tokens.sum()
     block = some.harvest(store, data, 0, [name])[name]
     limit = 1.2 * torch.from_numpy(np.linalg.norm(block, axis=1)).median().item()
     rows = store.rows("report", 0, n_rows)
     norms = reference("gpt2", rows)[name].norm(dim=-1).numpy()
     assert counted == (store.kept(rows) & (norms <= limit)).sum()
     assert counted < store.kept(rows).sum()
-    slices = [some.evaluate(store, limited, name, {"same": Same()}, "report", *span)["same"].n_tokens
+    slices = [some.evaluate(store, limited, name, {"same": Same()}, "report", *span)["same"].n_tokens.sum()
               for span in ((0, 5), (5, n_rows))]  # fmt: skip
     assert sum(slices) == counted
 
@@ -338,11 +338,11 @@ def test_a_site_is_evaluated_where_it_writes_on_the_same_tokens_as_the_bases(lim
     for name in ("mlp", "top"):  # each knows what is written, from what is read or from itself
         assert sums[name].metrics()["ce_recovered"] == pytest.approx(1, abs=1e-3)
         assert sums[name].metrics()["explained_variance"] == pytest.approx(1, abs=1e-4)
-    assert sums["mlp"].n_tokens == sums["top"].n_tokens
+    assert (sums["mlp"].n_tokens == sums["top"].n_tokens).all()
     if limit is not None:
-        kept = [some.evaluate_site(store, limited, Site(name, name), {}, bases, "report", 0, n_rows)["top"].n_tokens
+        kept = [some.evaluate_site(store, limited, Site(name, name), {}, bases, "report", 0, n_rows)["top"]
                 for name in TRANSCODED]  # fmt: skip
-        assert sums["mlp"].n_tokens < min(kept)
+        assert sums["mlp"].n_tokens.sum() < min(one.n_tokens.sum() for one in kept)
     only = some.evaluate_site(store, limited, Site(*TRANSCODED), {}, bases, "report", 0, n_rows)
     assert only["top"].metrics() == sums["top"].metrics()
     at_one = some.evaluate_site(store, limited, Site(*TRANSCODED[1:] * 2), {"same": Same()}, bases, "report", 0, n_rows)
