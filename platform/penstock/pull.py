@@ -37,7 +37,8 @@ def front(
     only SAEs inside it are listed, and the front is the one among them; without, it is the one in the spec's band.
     Raises `SweepError` for a sweep or hook point that is not there.
     """
-    table = sweep_table(_home(home), sweep)
+    runs = find_sweep(_home(home), sweep)
+    table = sweep_table(runs.home, runs)
     if hook_point is not None:
         table = table[table["hook_point"] == resolve_hook_point(table, hook_point)]
     if l0 is not None:

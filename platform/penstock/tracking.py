@@ -6,8 +6,10 @@ The driver is the only writer, through one `Tracker`, in batches; everybody else
   `train/dead_fraction`. Final figures have plain names: `l0`, `ce_recovered`, `dead_fraction`, ...; those of an SAE's
   prefixes the width before them: `prefix_256.l0`.
 - Tags of a child: `sae_id`, `hook_point`, `architecture`, `status` (queued, running, finished, diverged, failed,
-  stopped), `on_front`, `on_overall_front`, and `baseline` for what is no candidate.
-- A child's `sae/` holds its checkpoint; the parent's artifacts are `spec.yaml`, `front.json`, `baselines.json`, plots.
+  stopped, pruned), `reason` where it did not finish, `proposed` (the round, where search proposed it), `on_front`,
+  `on_overall_front`, `missed` and `remedy` (the spec's targets), and `baseline` for what is no candidate.
+- A child's `sae/` holds its checkpoint; the parent's artifacts are `spec.yaml`, `front.json`, `baselines.json`,
+  `evaluation.parquet` (the figures of every sequence), `details.json` (curves and firing rates), the report and plots.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,21 +51,26 @@ LOGGED_TABLES = "mlflow.loggedArtifacts"  # what the UI offers as tables
 
 SAE_FOLDER = "sae"
 FRONT_FILE, BASELINES_FILE, SPEC_FILE = "front.json", "baselines.json", "spec.yaml"
-FIGURES = ["l0", "ce_recovered", "kl_recovered", "explained_variance", "dead_fraction"]
+ROWS_FILE, DETAILS_FILE = "evaluation.parquet", "details.json"
+FIGURES = ["l0", "ce_recovered", "kl_recovered", "explained_variance", "dead_fraction", "ce_increase"]
+VERDICTS = ["missed", "remedy"]  # an SAE's targets, in words
 
-_RUN_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
-_SETTLED = ("finished", "diverged")  # training again would give the same
+_RUN_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED",
+               "pruned": "KILLED"}  # fmt: skip
+_SETTLED = ("finished", "diverged", "pruned")  # training again in this sweep would give the same
 _BATCH_METRICS, _BATCH_PARAMS, _TAG_CHARACTERS, _PARAM_CHARACTERS = 1000, 100, 4000, 5000  # MLflow's limits
 
 
 @dataclass(frozen=True)
 class TrackedSAE:
-    """What is known of an SAE before it is trained. `baseline` is "frozen_decoder" for the one that is no candidate."""
+    """What is known of an SAE before it is trained. `baseline` is "frozen_decoder" for the one that is no candidate;
+    `proposed` is the round (1, 2, ...) in which search proposed it, None for an SAE of the spec."""
 
     sae_id: str
     hook_point: str
     params: Mapping[str, Any]
     baseline: str | None = None
+    proposed: int | None = None
 
     @property
     def title(self) -> str:
@@ -83,8 +90,9 @@ class Tracker:
     def __init__(self, home: Home, name: str, sweep_id: str) -> None:
         self._home, self._name, self._sweep_id = home, name, sweep_id
         self._client: MlflowClient
-        self._parent = ""
-        self._runs: dict[str, str] = {}  # by sae_id, as the next four
+        self._experiment_id, self._parent = "", ""
+        self._saes: dict[str, TrackedSAE] = {}  # by sae_id, as the next five
+        self._runs: dict[str, str] = {}
         self._marks: dict[str, int] = {}
         self._statuses: dict[str, str] = {}
         self._on_front: dict[str, tuple[bool, bool]] = {}
@@ -99,16 +107,23 @@ class Tracker:
         with _reported(self._home):
             _ensure_database(self._home)
             self._client = _connect(self._home)
-            experiment = self._experiment()
+            self._experiment_id = experiment = self._experiment()
             tags = {
                 KIND: "sweep", SWEEP_ID: self._sweep_id, RUN_NAME: f"{self._name} {self._sweep_id[:8]}",
-                OPENED_AT: str(_now_ms()), SAE_COUNT: str(sum(sae.baseline is None for sae in saes)),
+                OPENED_AT: str(_now_ms()), SAE_COUNT: _candidates(saes),
                 L0_BAND: _band_text(resolved_spec_yaml), "status": "running",
             }  # fmt: skip
             self._open_parent(experiment, tags, params)
             self._client.log_text(self._parent, resolved_spec_yaml, SPEC_FILE)
-            self._open_children(experiment, saes)
+            self._open_children(saes)
+            self._end_leftovers()
         return self._parent
+
+    def add(self, saes: Sequence[TrackedSAE]) -> None:
+        """Runs for further SAEs of the open sweep, those that search proposes. Known ones are left as they are."""
+        with _reported(self._home):
+            self._open_children([sae for sae in saes if sae.sae_id not in self._runs])
+            self._write(self._parent, tags={SAE_COUNT: _candidates(self._saes.values())})
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -137,21 +152,28 @@ class Tracker:
             self._parent = self._client.create_run(experiment, tags=dict(tags)).info.run_id
             self._write(self._parent, params=_new_params(params, {}))
 
-    def _open_children(self, experiment: str, saes: Sequence[TrackedSAE]) -> None:
-        found = {run.data.tags["sae_id"]: run for run in _search(self._client, [experiment], {PARENT: self._parent})
-                 if "sae_id" in run.data.tags}  # fmt: skip
+    def _open_children(self, saes: Sequence[TrackedSAE]) -> None:
+        found = {run.data.tags["sae_id"]: run for run in self._children()}
         for sae in saes:
+            self._saes[sae.sae_id] = sae
             if sae.sae_id in found:
                 self._take_over(sae, found[sae.sae_id])
             else:
-                self._create_child(experiment, sae)
-        wanted = {sae.sae_id for sae in saes}
-        for sae_id, run in found.items():
-            if sae_id not in wanted and run.info.status == "RUNNING":
+                self._create_child(sae)
+
+    def _children(self) -> Iterator["Run"]:
+        for run in _search(self._client, [self._experiment_id], {PARENT: self._parent}):
+            if "sae_id" in run.data.tags:
+                yield run
+
+    def _end_leftovers(self) -> None:
+        """End the runs of SAEs that are no part of the sweep any more."""
+        for run in self._children():
+            if run.data.tags["sae_id"] not in self._runs and run.info.status == "RUNNING":
                 self._client.set_tag(run.info.run_id, "status", "stopped")
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
-    def _create_child(self, experiment: str, sae: TrackedSAE) -> None:
+    def _create_child(self, sae: TrackedSAE) -> None:
         tags = {
             KIND: "sae", SWEEP_ID: self._sweep_id, PARENT: self._parent, RUN_NAME: sae.title, "sae_id": sae.sae_id,
             "hook_point": sae.hook_point, "architecture": str(sae.params.get("architecture", "")),
@@ -159,7 +181,9 @@ class Tracker:
         }  # fmt: skip
         if sae.baseline is not None:
             tags["baseline"] = sae.baseline
-        run_id = self._client.create_run(experiment, tags=tags).info.run_id
+        if sae.proposed is not None:
+            tags["proposed"] = str(sae.proposed)
+        run_id = self._client.create_run(self._experiment_id, tags=tags).info.run_id
         self._write(run_id, params=_new_params({"hook_point": sae.hook_point, **sae.params}, {}))
         self._remember(sae.sae_id, run_id, mark=-1, status="queued", on_front=(False, False))
 
@@ -238,8 +262,8 @@ class Tracker:
     ) -> None:
         """End an SAE's run: its final figures, its checkpoint as the artifact `sae/`, and why it ended.
 
-        `status` is finished, diverged, failed or stopped. A run that has already ended so is left as it is: it is ended
-        last, so an ended run is a complete one.
+        `status` is finished, diverged, failed, stopped or pruned. A run that has already ended so is left as it is: it
+        is ended last, so an ended run is a complete one.
         """
         from mlflow.entities import Metric
 
@@ -271,6 +295,7 @@ class Tracker:
         from mlflow.entities import Metric
 
         self._tag_front(front)
+        self._log_verdicts(front)
         for file in files:
             self._client.log_artifact(self._parent, str(file))
         for name, table in ((FRONT_FILE, front), (BASELINES_FILE, baselines)):
@@ -291,6 +316,18 @@ class Tracker:
                 self._client.set_terminated(run_id, "KILLED")
         self._write(self._parent, tags={"status": "interrupted", "reason": reason})
         self._client.set_terminated(self._parent, "KILLED")
+
+    def _log_verdicts(self, front: pd.DataFrame) -> None:
+        """What only the whole table says of an SAE: the targets it missed, how many latents other seeds find again."""
+        from mlflow.entities import Metric
+
+        for record in front.to_dict("records"):
+            sae_id, prefix = record["sae_id"], _prefix_text(record)
+            tags = {f"{prefix}{name}": record[name] for name in VERDICTS if isinstance(record.get(name), str)}
+            stability = record.get("seed_stability", math.nan)
+            step = max(self._marks[sae_id], 0)
+            metrics = [Metric(f"{prefix}seed_stability", float(stability), _now_ms(), step)] if stability >= 0 else []
+            self._write(self._runs[sae_id], metrics=metrics, tags=tags)
 
     def _tag_front(self, front: pd.DataFrame) -> None:
         marked = {row["sae_id"]: (bool(row.get("on_front")), bool(row.get("on_overall_front")))
@@ -336,6 +373,10 @@ def _band_text(resolved_spec_yaml: str) -> str:
     return f"{float(band[0])}:{float(band[1])}" if band else ""
 
 
+def _candidates(saes: Iterable[TrackedSAE]) -> str:
+    return str(sum(sae.baseline is None for sae in saes))
+
+
 def _now_ms() -> int:
     return int(time.time() * 1000)
 
@@ -368,6 +409,19 @@ class SweepRuns:
         """A local copy of one of the sweep's own artifacts; None where there is none (yet)."""
         return fetch_artifact(self.home, self.run_id, name)
 
+    def evaluation_rows(self) -> pd.DataFrame | None:
+        """The figures of every sequence that the sweep's SAEs were evaluated on; None for a sweep that has none (yet).
+
+        Columns: sae (`pareto.sae_key`), hook_point, row, document, then the sums of `sae_core.evaluation.ROW_SUMS`.
+        """
+        path = self.artifact(ROWS_FILE)
+        return None if path is None else pd.read_parquet(path)
+
+    def details(self) -> dict[str, Any]:
+        """Training curves and firing rates by `pareto.sae_key`; empty for a sweep that has none (yet)."""
+        path = self.artifact(DETAILS_FILE)
+        return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+
     @property
     def spec(self) -> str:
         """The resolved spec, as YAML text."""
@@ -399,7 +453,9 @@ def list_sweeps(home: Home) -> pd.DataFrame:
 
 def sweep_table(home: Home, sweep: str | SweepRuns, *, with_baselines: bool = False) -> pd.DataFrame:
     """One row an SAE: sae_id, hook_point, architecture, d_sae, prefix, every other parameter, the final figures (l0,
-    ce_recovered, kl_recovered, explained_variance, dead_fraction, ...), on_front, on_overall_front, status, run_id.
+    ce_recovered, kl_recovered, explained_variance, dead_fraction, ce_increase, their intervals `l0_low`, `l0_high`,
+    ..., seed_stability), on_front, on_overall_front, dominated_by, certain, missed, remedy, status, reason, proposed,
+    run_id.
 
     An SAE's prefixes that were evaluated follow it, each in a row with its width as `prefix` (else NaN).
 
@@ -410,17 +466,23 @@ def sweep_table(home: Home, sweep: str | SweepRuns, *, with_baselines: bool = Fa
     rows = [row for run in runs.children() for row in _rows(run)]
     table = pd.DataFrame([row for row in rows if with_baselines or row["baseline"] is None])
     leading = ["sae_id", "hook_point", "architecture", "d_sae", "prefix"]
-    for column in [*leading, "baseline", *FIGURES, "status", "run_id"]:
+    numbers = [*FIGURES, "seed_stability", "proposed", "prefix"]
+    for column in [*leading, "baseline", *numbers, *VERDICTS, "status", "reason", "run_id"]:
         if column not in table:
-            table[column] = pd.Series(index=table.index, dtype=float if column in FIGURES else object)
-    table["prefix"] = table["prefix"].astype(float)
+            table[column] = pd.Series(index=table.index, dtype=float if column in numbers else object)
+    table = table.astype({"prefix": float, "proposed": float})
     is_candidate = table["baseline"].isna()
-    marked = mark_front(table[is_candidate], runs.l0_band)
-    for flag in ("on_front", "on_overall_front"):
+    rows_of_sweep = runs.evaluation_rows()
+    marked = mark_front(table[is_candidate], runs.l0_band, *([] if rows_of_sweep is None else [rows_of_sweep]))
+    for flag in ("on_front", "on_overall_front", "certain"):
         table[flag] = False
-        table.loc[is_candidate, flag] = marked[flag].to_numpy()
-    trailing = ["on_front", "on_overall_front", "status", *(["baseline"] if with_baselines else []), "run_id"]
-    final = {name for row in rows for name in row["final"]}
+        table.loc[is_candidate, flag] = marked[flag].to_numpy() if flag in marked else False
+    table["dominated_by"] = pd.Series(index=table.index, dtype=object)
+    if "dominated_by" in marked:
+        table.loc[is_candidate, "dominated_by"] = marked["dominated_by"].to_numpy()
+    trailing = ["on_front", "on_overall_front", "dominated_by", "certain", *VERDICTS, "status", "reason", "proposed",
+                *(["baseline"] if with_baselines else []), "run_id"]  # fmt: skip
+    final = {name for row in rows for name in row["final"]} | {"seed_stability"}
     others = [name for name in table if name not in {*leading, *FIGURES, *trailing, *final, "baseline", "final"}]
     extra = sorted(final - set(FIGURES))
     return table[[*leading, *others, *FIGURES, *extra, *trailing]].reset_index(drop=True)
@@ -495,15 +557,24 @@ def _rows(run: "Run") -> Iterator[dict[str, Any]]:
             final.setdefault(int(found[1]), {})[found[2]] = value
         elif "/" not in key:
             final[None][key] = value
-    for prefix in sorted(final, key=lambda width: width or 0):
+    for width in sorted(final, key=lambda width: width or 0):
+        prefix = {"prefix": width}
         yield {
             **{key: _typed(value) for key, value in run.data.params.items()},
-            **final[prefix],
-            **{key: tags.get(key) for key in ("sae_id", "hook_point", "architecture", "status", "baseline")},
-            "prefix": prefix,
+            **final[width],
+            **{key: tags.get(key) for key in ("sae_id", "hook_point", "architecture", "status", "reason", "baseline")},
+            **{key: tags.get(f"{_prefix_text(prefix)}{key}") for key in VERDICTS},
+            "proposed": tags.get("proposed"),
+            **prefix,
             "run_id": run.info.run_id,
-            "final": tuple(final[prefix]),
+            "final": tuple(final[width]),
         }
+
+
+def _prefix_text(record: Mapping[str, Any]) -> str:
+    """What stands before the names of a prefix's figures in its SAE's run."""
+    width = record.get("prefix")
+    return "" if width is None or math.isnan(width) else f"prefix_{int(width)}."
 
 
 def _typed(text: str) -> Any:

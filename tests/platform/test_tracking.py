@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -20,7 +21,18 @@ from penstock.tracking import (
     list_sweeps,
     sweep_table,
 )
-from tracked_sweep import EARLY, FROZEN, LATE, SAES, SPEC, figures, make_sweep, tracked, write_sae
+from tracked_sweep import (
+    EARLY,
+    FROZEN,
+    LATE,
+    SAES,
+    SPEC,
+    evaluation_rows,
+    figures,
+    make_sweep,
+    tracked,
+    write_sae,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +126,8 @@ def test_the_table_has_one_row_an_sae_with_typed_settings_and_the_front_in_the_s
     assert list(table.index) == list(SAES)
     assert list(table.reset_index().columns) == [
         "sae_id", "hook_point", "architecture", "d_sae", "prefix", "k", "lr", "seed", "l0", "ce_recovered",
-        "kl_recovered", "explained_variance", "dead_fraction", "mse", "on_front", "on_overall_front", "status",
-        "run_id",
+        "kl_recovered", "explained_variance", "dead_fraction", "ce_increase", "mse", "seed_stability", "on_front",
+        "on_overall_front", "dominated_by", "certain", "missed", "remedy", "status", "reason", "proposed", "run_id",
     ]  # fmt: skip
     assert table.loc["early-8", "k"] == 8 and table.loc["early-8", "lr"] == 4e-4
     assert math.isnan(table.loc["late-16", "l0"])
@@ -170,6 +182,70 @@ def test_sweeps_are_listed_and_an_unused_home_is_left_untouched(finished_home, t
     with pytest.raises(SweepError, match="holds no sweeps yet"):
         find_sweep(unused, "demo")
     assert not unused.path.exists()
+
+
+def test_the_rows_of_the_evaluation_and_the_details_are_read_back(home, tmp_path):
+    tracker = opened(home, "details", "early-4")
+    assert find_sweep(home, "details").evaluation_rows() is None and find_sweep(home, "details").details() == {}
+    rows_frame = evaluation_rows("early-4", EARLY)
+    rows_frame.to_parquet(tmp_path / "evaluation.parquet")
+    details = {"early-4": {"curves": {"tokens": [1, 2], "loss": [2.0, 1.0]}}}
+    (tmp_path / "details.json").write_text(json.dumps(details))
+    tracker.finish_sae("early-4", status="finished", metrics=figures(4.0, 0.8), folder=None)
+    tracker.finish_sweep(
+        status="finished", front=sweep_table(home, "details"), baselines=pd.DataFrame(), cost={},
+        files=[tmp_path / "evaluation.parquet", tmp_path / "details.json"],
+    )  # fmt: skip
+    runs = find_sweep(home, "details")
+    pd.testing.assert_frame_equal(runs.evaluation_rows(), rows_frame)
+    assert runs.details() == details
+    assert sweep_table(home, "details")["on_front"].tolist() == [True]
+
+
+def test_targets_and_stability_that_the_whole_table_gives_are_kept_with_each_sae_and_prefix(home):
+    tracker = opened(home, "verdicts", "early-4", "early-8")
+    of_prefix = {f"prefix_3.{name}": value for name, value in figures(3.0, 0.5).items()}
+    tracker.finish_sae("early-4", status="finished", metrics=figures(4.0, 0.8) | of_prefix, folder=None)
+    tracker.finish_sae("early-8", status="finished", metrics=figures(8.0, 0.9), folder=None)
+    table = sweep_table(home, "verdicts")
+    assert table["missed"].isna().all() and table["seed_stability"].isna().all()
+    front = table.assign(missed=["l0 4 < 5", "l0 3 < 5", None], remedy=["a larger k", "", None],
+                         seed_stability=[0.75, 0.5, math.nan])  # fmt: skip
+    tracker.finish_sweep(status="finished", front=front, baselines=pd.DataFrame(), cost={}, files=[])
+    table = sweep_table(home, "verdicts")
+    assert table["prefix"].isna().tolist() == [True, False, True]
+    assert table["missed"].tolist()[:2] == ["l0 4 < 5", "l0 3 < 5"] and pd.isna(table["missed"][2])
+    assert table["remedy"].tolist()[:2] == ["a larger k", ""]
+    assert table["seed_stability"].tolist()[:2] == [0.75, 0.5] and math.isnan(table["seed_stability"][2])
+
+
+# ---- what search decides ----
+
+
+def test_a_pruned_sae_is_killed_settled_and_says_why(home):
+    tracker = opened(home, "prunes", "early-4", "early-8")
+    tracker.finish_sae("early-4", status="pruned", metrics={}, folder=None, reason="dominated by early-8 at 2M tokens")
+    opened(home, "prunes", "early-4", "early-8")
+    run = child(home, "prunes", "early-4")
+    assert run.info.status == "KILLED" and run.data.tags["status"] == "pruned"
+    row = sweep_table(home, "prunes").set_index("sae_id").loc["early-4"]
+    assert row["status"] == "pruned" and row["reason"] == "dominated by early-8 at 2M tokens"
+
+
+def test_what_search_proposes_is_added_once_with_its_round(home):
+    tracker = opened(home, "fills", "early-4")
+    proposed = replace(tracked("early-8"), proposed=1)
+    for _ in range(2):
+        tracker.add([tracked("early-4"), proposed])
+    tracker.log_rows("early-8", rows(10))
+    again = opened(home, "fills", "early-4")  # a driver that knows of the first round only
+    again.add([proposed])
+    again.log_rows("early-8", rows(10, 20))
+    assert [step for step, _ in curve(home, "fills", "early-8")] == [10, 20]
+    assert find_sweep(home, "fills").saes == 2
+    table = sweep_table(home, "fills").set_index("sae_id")
+    assert math.isnan(table.loc["early-4", "proposed"]) and table.loc["early-8", "proposed"] == 1
+    assert table.loc["early-8", "status"] == "running"
 
 
 # ---- replays and dead drivers ----

@@ -48,6 +48,18 @@ def figures(l0: float, ce_recovered: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+def evaluation_rows(sae: str, hook_point: str, n_rows: int = 6, loss: float = 1.5) -> pd.DataFrame:
+    """Figures of a few sequences, two a document, as an evaluation leaves them."""
+    sums = {
+        "n_tokens": 8.0, "n_predictions": 7.0, "ce_clean": 7.0, "ce_ablated": 28.0, "ce_sae": 7 * loss,
+        "kl_ablated": 14.0, "kl_sae": 3.5, "l0": 32.0, "l1": 40.0, "squared_error": 12.0, "square_centred": 40.0,
+        "square_x": 60.0, "square_x_hat": 50.0, "x_dot_x_hat": 48.0, "cosine": 7.0, "l2_ratio": 7.5,
+    }  # fmt: skip
+    index = range(n_rows)
+    leading = {"sae": sae, "hook_point": hook_point, "row": list(index), "document": [at // 2 for at in index]}
+    return pd.DataFrame({**leading, **{name: [value + 0.01 * at for at in index] for name, value in sums.items()}})
+
+
 def make_sweep(home: Home, folder: Path, name: str = "demo", sweep_id: str = "0123456789ab") -> Tracker:
     tracker = Tracker(home, name, sweep_id)
     tracker.open(SPEC, {"train_tokens": 1000}, [*(tracked(sae_id) for sae_id in SAES), FROZEN])
