@@ -228,7 +228,7 @@ def _ablated(activations: Tensor, ablation: Tensor | None, hook_point: str) -> T
         return torch.zeros_like(activations)
     d_out = activations.shape[-1]
     if ablation.shape != (d_out,):
-        raise ConfigError(f"ablation has shape {list(ablation.shape)}; accepted: [{d_out}], the width of {hook_point!r}")
+        raise ConfigError(f"ablation has shape {list(ablation.shape)}; accepted: [{d_out}], as {hook_point!r} has it")
     return ablation.to(activations).expand_as(activations).contiguous()
 
 

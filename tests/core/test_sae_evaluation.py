@@ -4,11 +4,22 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from sae_core import ConfigError, SAETrainer, TopKBasis, TrainingSettings, calibrate, evaluate_rows, parse_settings
+from sae_core import (
+    ROW_SUMS,
+    ConfigError,
+    SAETrainer,
+    TopKBasis,
+    TrainingSettings,
+    calibrate,
+    evaluate_rows,
+    metrics_of,
+    parse_settings,
+)
 from sae_core.evaluation import _Behaviour
 from sae_core.hooked import Rerun
 
@@ -74,7 +85,7 @@ def run_replaced(model, hook_point, tokens, replaced):
 
 
 @torch.no_grad()
-def expected_metrics(model, sae, hook_point, tokens, kept, reads=None):
+def expected_metrics(model, sae, hook_point, tokens, kept, reads=None, ablation=0.0):
     x_all = activations_of(model, hook_point, tokens)
     read = x_all if reads is None else activations_of(model, reads, tokens)
     x = x_all[kept].double()
@@ -83,7 +94,7 @@ def expected_metrics(model, sae, hook_point, tokens, kept, reads=None):
     replaced[kept] = x_hat.float()
     logits = {
         "clean": model(tokens, return_type="logits"),
-        "ablated": run_replaced(model, hook_point, tokens, torch.zeros_like(x_all)),
+        "ablated": run_replaced(model, hook_point, tokens, torch.zeros_like(x_all) + ablation),
         "sae": run_replaced(model, hook_point, tokens, replaced),
     }
     ce = {
@@ -126,6 +137,64 @@ def test_metrics_equal_a_direct_computation(tiny_model, hook_point, tokens, kept
     for name, module in saes.items():
         expected = expected_metrics(tiny_model, module, hook_point, tokens, kept)
         assert results[name].metrics() == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("hook_point", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_z"])
+def test_activations_can_be_ablated_to_their_mean(tiny_model, hook_point, tokens, kept):
+    x = activations_of(tiny_model, hook_point, tokens)[kept]
+    saes = {"sae": trained_sae(x)}
+    mean = x.double().mean(0)
+    found, zero = (
+        evaluate_rows(tiny_model, saes, hook_point, tokens, kept, rows_per_forward=2, ablation=given)["sae"].metrics()
+        for given in (mean, None)
+    )
+    expected = expected_metrics(tiny_model, saes["sae"], hook_point, tokens, kept, ablation=mean.float())
+    assert found == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    ablated = {name for name in found if found[name] != zero[name]}
+    assert ablated == {"ce_ablated", "ce_recovered", "kl_ablated", "kl_recovered"}
+
+
+def test_a_transcoders_ablation_has_the_width_of_what_it_writes(tiny_model, tokens, kept):
+    reads, writes = "blocks.1.hook_mlp_out", "blocks.1.mlp.hook_post"
+    x, y = (activations_of(tiny_model, name, tokens)[kept] for name in (reads, writes))
+    saes = {"t": trained_transcoder(x, y)}
+    found = evaluate_rows(
+        tiny_model, saes, reads, tokens, kept, rows_per_forward=5, writes=writes, ablation=y.mean(0)
+    )["t"]
+    expected = expected_metrics(tiny_model, saes["t"], writes, tokens, kept, reads=reads, ablation=y.mean(0))
+    assert found.metrics() == pytest.approx(expected, rel=2e-3, abs=2e-5)
+    with pytest.raises(ConfigError, match=f"ablation has shape .32.; accepted: .128., as '{writes}' has it"):
+        evaluate_rows(tiny_model, saes, reads, tokens, kept, rows_per_forward=5, writes=writes, ablation=x.mean(0))
+
+
+def test_a_rows_sums_are_those_of_the_row_alone(tiny_model, tokens, kept):
+    hook_point = "blocks.1.hook_resid_post"
+    x_all = activations_of(tiny_model, hook_point, tokens)
+    saes = {"sae": trained_sae(x_all[kept])}
+    kept = kept.clone()
+    kept[3] = False  # a row of which nothing is kept
+    kept[4, :-1], kept[4, -1] = False, True  # and one whose only token has no next one
+    together = evaluate_rows(tiny_model, saes, hook_point, tokens, kept, rows_per_forward=2)["sae"]
+    rows = together.rows()
+    assert tuple(rows) == ROW_SUMS
+    assert all(sums.shape == (5,) and sums.dtype == np.float64 for sums in rows.values())
+    assert rows["n_tokens"].tolist() == kept.sum(1).tolist()
+    assert rows["n_predictions"].tolist() == kept[:, :-1].sum(1).tolist()
+    assert all(sums[3] == 0 for sums in rows.values())
+    mean = x_all[kept].double().mean(0)
+    squares = (x_all.double() - mean).square().sum(-1) * kept
+    assert rows["square_centred"] == pytest.approx(squares.sum(1).numpy())
+    parts = [evaluate_rows(tiny_model, saes, hook_point, tokens[[row]], kept[[row]], rows_per_forward=1)["sae"]
+             for row in range(5)]  # fmt: skip
+    for row, part in enumerate(parts):
+        for name, sums in part.rows().items():
+            if name != "square_centred":  # about the row's own mean
+                assert rows[name][row] == pytest.approx(sums[0], rel=1e-4, abs=1e-5), (name, row)
+    merged = parts[0].merge(*parts[1:])
+    assert merged.metrics() == pytest.approx(together.metrics(), rel=1e-4, abs=1e-6)
+    assert (merged.fired == together.fired).all()
+    totals = {name: sums.sum() for name, sums in rows.items()}
+    assert {name: value for name, value in together.metrics().items() if name != "dead_fraction"} == metrics_of(totals)
 
 
 def trained_transcoder(x, y, **settings):
@@ -271,10 +340,14 @@ def test_evaluating_changes_no_weight(tiny_model, tokens, kept):
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
-def test_sums_can_be_sent_to_another_process(tiny_model, tokens, kept):
-    basis = TopKBasis.neurons(calibrate(activations_of(tiny_model, "blocks.0.hook_mlp_out", tokens)[kept]), 4)
-    sums = evaluate_rows(tiny_model, {"b": basis}, "blocks.0.hook_mlp_out", tokens, kept, rows_per_forward=5)["b"]
-    assert pickle.loads(pickle.dumps(sums)).metrics() == sums.metrics()
+def test_sums_can_be_sent_to_another_process_with_what_they_share_once(tiny_model, tokens, kept):
+    hook_point = "blocks.0.hook_mlp_out"
+    basis = TopKBasis.neurons(calibrate(activations_of(tiny_model, hook_point, tokens)[kept]), 4)
+    saes = {name: basis for name in "abcde"}
+    sums = evaluate_rows(tiny_model, saes, hook_point, tokens, kept, rows_per_forward=2)
+    sent = pickle.loads(pickle.dumps(sums))
+    assert {name: one.metrics() for name, one in sent.items()} == {name: one.metrics() for name, one in sums.items()}
+    assert sent["a"].sum_x is sent["e"].sum_x and sums["a"].sum_x is sums["e"].sum_x
 
 
 @pytest.mark.parametrize(
