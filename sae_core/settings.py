@@ -51,6 +51,12 @@ class SAESettings(BaseModel):
         """The coefficient of the sparsity or auxiliary loss at `step` (0-based), warm-up applied."""
         raise TypeError(f"settings of architecture {self.architecture!r} have no training loss")
 
+    def settled_after(self, steps: int) -> int:
+        """The step of a run of `steps` after which the coefficient's warm-up is over: from there on an SAE can be
+        compared with others."""
+        warm_ups = [getattr(self, name) for name in type(self).model_fields if name.endswith("_warm_up_steps")]
+        return min(max(warm_ups, default=0), steps)
+
     def named_coefficient(self, coefficient: float) -> dict[str, float]:
         """The coefficient under the name by which metrics show it; nothing where it never changes."""
         return {}

@@ -97,6 +97,11 @@ class SAETrainer:
         return self._counters.progress[0]
 
     @property
+    def tokens_since_fired(self) -> Tensor:
+        """[d_sae] int64, on the trainer's device: tokens since each latent was last active. Not to be changed."""
+        return self._counters.tokens_since_fired
+
+    @property
     def tokens_seen(self) -> int:
         return self._counters.progress[1]
 

@@ -17,6 +17,7 @@ from penstock.calibrations import store_calibrations
 from penstock.identity import check_code
 from penstock.meters import Meters
 from penstock.model_host import ModelHost
+from penstock.probe import PROBE_TOKENS, Probe
 from penstock.sites import Site
 from penstock.spec import DataSpec, ModelSpec
 from penstock.splits import Split
@@ -24,7 +25,7 @@ from penstock.spool import SpooledStream
 from penstock.storage import Storage
 from penstock.stream import BlockInfo, HostGoneError, Stream
 from penstock.stream_state import BlockSet, StreamState
-from penstock.subjects import Subject, load_subject
+from penstock.subjects import Subject, evaluate_subjects, load_mean, load_subject
 from penstock.tokens import TokenStore
 from sae_core.evaluation import EvaluationSums
 
@@ -88,19 +89,26 @@ class HostActor:
         full = len(there) < len(made)
         return there, f"the spool takes no more blocks: {spool.full}; training goes on" if full else None
 
+    def make_probe(self, tokens_id: str, probe: Probe, arrays: Sequence[str]) -> None:
+        """Put the search activations that SAEs are compared on into storage."""
+        missing = [array for array in arrays if not probe.is_there(self._config.storage, [array])]
+        found = self._host.sample(self._store(tokens_id), self._config.data, "search", PROBE_TOKENS, missing)
+        for array, activations in found.items():
+            probe.store(self._config.storage, array, activations)
+
     def evaluate(
-        self, tokens_id: str, site: Site, subjects: Sequence[Subject], split: Split, start_row: int, stop_row: int
-    ) -> dict[str, EvaluationSums]:
-        """Sums over a slice of a split, for SAEs and baselines of one site."""
+        self, tokens_id: str, site: Site, subjects: Sequence[Subject], split: Split, start_row: int, stop_row: int,
+        mean: str | None = None,
+    ) -> dict[str, EvaluationSums]:  # fmt: skip
+        """Sums over a slice of a split, for SAEs and baselines of one site. `mean` names the calibration whose mean
+        stands for an ablated activation, in place of zeros."""
         for subject in subjects:
             if subject not in self._subjects:
                 self._subjects[subject] = load_subject(subject, self._config.storage)
-        saes, bases = (
-            {subject.name: self._subjects[subject] for subject in subjects if (subject.basis is not None) == is_basis}
-            for is_basis in (False, True)
-        )
-        return self._host.evaluate_site(
-            self._store(tokens_id), self._config.data, site, saes, bases, split, start_row, stop_row
+        loaded = {subject: self._subjects[subject] for subject in subjects}
+        ablation = None if mean is None else load_mean(self._config.storage, mean)
+        return evaluate_subjects(
+            self._host, self._store(tokens_id), self._config.data, site, loaded, split, start_row, stop_row, ablation
         )
 
     def _store(self, tokens_id: str) -> TokenStore:
@@ -215,8 +223,12 @@ class StreamActor:
 
     async def report(
         self, pack_id: str, events: Sequence[dict[str, Any]], about: Mapping[str, float], pause_seconds: float, run: int
-    ) -> None:
-        await self._stream.report(pack_id, events, about, pause_seconds, run)
+    ) -> dict[str, str]:
+        return await self._stream.report(pack_id, events, about, pause_seconds, run)
+
+    async def stop_saes(self, stops: Mapping[str, str]) -> None:
+        """Have these SAEs stopped, and why; calling it again adds to them."""
+        self._stream.stops |= stops
 
     async def collect(self) -> dict[str, Any]:
         return {"incarnation": self._incarnation, **await self._stream.collect()}

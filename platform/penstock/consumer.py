@@ -1,5 +1,6 @@
 """A pack's side of the stream. Light: no torch, since a trial's own process uses it too."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ class StreamClient:
         self._events: list[dict[str, Any]] = []
         self._sent = time.monotonic()
         self._last_call: Any = None
+        self._report: Any = None
+        self.stops: dict[str, str] = {}  # SAEs that have been decided to stop, and why, as far as it is known here
         self.about: dict[str, float] = {"wait_seconds": 0.0, "spool_reads": 0}
 
     def blocks(self, first: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -78,10 +81,12 @@ class StreamClient:
             self.flush(0.0)
 
     def flush(self, pause_seconds: float) -> None:
-        """Send what was emitted now, and announce a pause of up to that long."""
+        """Send what was emitted now, and announce a pause of up to that long; take in the answer to what was sent
+        before."""
+        self._hear()
         events, self._events = self._events, []
         self._sent = time.monotonic()
-        self._tell(self._stream.report, events, self.about, pause_seconds)
+        self._report = self._tell(self._stream.report, events, self.about, pause_seconds)
 
     def close(self) -> None:
         """Send the rest and leave the stream."""
@@ -94,10 +99,17 @@ class StreamClient:
 
     # ---- inside ----
 
-    def _tell(self, method: Any, *args: Any) -> None:
-        """A call whose answer nobody needs and whose loss does no harm: what it says is repeated, or stands in storage
-        as well."""
+    def _tell(self, method: Any, *args: Any) -> Any:
+        """A call whose answer nobody waits for and whose loss does no harm: what it says is repeated, or stands in
+        storage as well."""
         self._last_call = method.remote(self._pack_id, *args, self._run)
+        return self._last_call
+
+    def _hear(self) -> None:
+        """What was answered to the last report; an answer that is not there yet, or lost, comes with the next."""
+        if self._report is not None and ray.wait([self._report], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                self.stops = ray.get(self._report)
 
     def _request(self, block: int) -> Any:
         return self._stream.next_block.remote(self._pack_id, block, self._run)

@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import SweepError
@@ -26,7 +26,7 @@ class Fleet:
         self._spec, self._storage, self._say = spec, storage, say
         self._leaving: dict[str, Any] = {}
         self._told = False  # whether the stream knows of the hosts as they are
-        self._incarnation: int | None = None
+        self.incarnation: int | None = None  # of the stream, as far as it has been heard of
         self._before_restart: dict[str, float] = {}
 
     def scale(self, n_hosts: int) -> None:
@@ -69,11 +69,11 @@ class Fleet:
 
         try:
             found = ray.get(self.stream.collect.remote(), timeout=CALL_SECONDS)
-            if found["incarnation"] != self._incarnation:
-                if self._incarnation is not None:
+            if found["incarnation"] != self.incarnation:
+                if self.incarnation is not None:
                     self._say("the stream was restarted; packs attach again and go on where they stand")
                     self._before_restart = dict(self.cost)
-                self._incarnation, self._told = found["incarnation"], False
+                self.incarnation, self._told = found["incarnation"], False
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None
         if self._leaving or not self._told:
@@ -81,6 +81,16 @@ class Fleet:
                 self._tell_hosts()
         self.cost = {name: value + self._before_restart.get(name, 0.0) for name, value in found["cost"].items()}
         return found
+
+    def stop_saes(self, stops: Mapping[str, str]) -> bool:
+        """Have SAEs stopped, and why; whether the stream has taken note."""
+        import ray
+
+        try:
+            ray.get(self.stream.stop_saes.remote(dict(stops)), timeout=CALL_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return False
+        return True
 
     def close(self) -> None:
         """End them all."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from penstock.errors import CheckpointError, SweepError
 from penstock.identity import code_hash
 from penstock.memory import is_out_of_memory
+from penstock.probe import measure
 from penstock.storage import Storage
 from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
 
@@ -103,6 +104,7 @@ class Pack:
         self._metrics_every = max(1, training.steps // 100)
         self._pool = ThreadPoolExecutor(saes_at_once) if saes_at_once > 1 else None
         self._slots: list[_Slot] = []
+        self._pruned_tokens = 0
         for member in members:
             trainer = SAETrainer(
                 member.settings,
@@ -124,7 +126,7 @@ class Pack:
     @property
     def tokens_trained(self) -> int:
         """Tokens that the SAEs have been trained on, summed over them."""
-        return sum(slot.trainer.tokens_seen for slot in self._slots)
+        return self._pruned_tokens + sum(slot.trainer.tokens_seen for slot in self._slots)
 
     def step(self, step: int, inputs: Mapping[str, Tensor]) -> None:
         """Train every active SAE that stands at this step on its batch: an array [batch, d] an input, read-only, whose
@@ -145,6 +147,30 @@ class Pack:
                 raise PackOutOfMemoryError(f"{type(outcome).__name__} with micro-batches of "
                                            f"{slot.trainer.micro_batch_tokens} tokens") from outcome  # fmt: skip
             self._note(slot, outcome)
+
+    def measure(self, step: int, inputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """The figures, by SAE, of those that have made `step` steps, as they would be used now, on search activations
+        [n, d] an input: `l0`, `explained_variance`, and `dead_fraction` by the training tokens so far."""
+        due = [slot for slot in self._slots if slot.active and slot.trainer.steps_done == step]
+        return {
+            slot.member.sae_id: {
+                **measure(slot.trainer.export(), inputs[slot.member.reads], inputs[slot.member.writes]),
+                "dead_fraction": float(_dead(slot.trainer).mean()),
+            }
+            for slot in due
+            if not self._stop_if_diverged(slot)
+        }
+
+    def prune(self, reasons: Mapping[str, str], write_history: Callable[[str, dict[str, Any]], None]) -> None:
+        """Stop the SAEs that are named, of those that are here, and free what they hold. The decision is on record
+        already; `write_history` is given each one's id, and its step and curve."""
+        for slot in [slot for slot in self._slots if slot.active and slot.member.sae_id in reasons]:
+            sae_id, reason, trainer = slot.member.sae_id, reasons[slot.member.sae_id], slot.trainer
+            write_history(sae_id, {"step": trainer.steps_done, "history": slot.history})
+            self._slots.remove(slot)
+            self._pruned_tokens += trainer.tokens_seen
+            about = {"step": trainer.steps_done, "tokens": trainer.tokens_seen}
+            self._emit({"kind": "stopped", "sae_id": sae_id, "status": "pruned", "reason": reason, **about})
 
     def checkpoint(self) -> None:
         """Save every active SAE whole; a stopped one keeps its last checkpoint.
@@ -254,9 +280,7 @@ class Pack:
             return
 
     def _export(self, slot: _Slot, tail: Tensor | None) -> None:
-        # Whatever window the run allows, so that a short run does not call rare latents dead.
-        window = min(DEAD_OVER_TOKENS, slot.trainer.tokens_seen // 2)
-        dead = (slot.trainer.state()["counters.tokens_since_fired"] >= window).double()
+        dead = _dead(slot.trainer)
         sae = slot.trainer.export(
             slot.member.metadata, tokens=tail, reshape_activations=slot.member.reshape_activations
         )
@@ -264,7 +288,7 @@ class Pack:
         summary = {
             "dead_fraction": float(dead.mean()),
             "dead_fraction_of_prefix": {str(width): float(dead[:width].mean()) for width in prefixes},
-            "dead_over_tokens": window,
+            "dead_over_tokens": _dead_over_tokens(slot.trainer),
             "tokens": slot.trainer.tokens_seen,
             "code": code_hash(),
             "history": slot.history,
@@ -274,6 +298,16 @@ class Pack:
         self._storage.commit_folder(f"{slot.folder}/final", files, self._guard)
         self._storage.delete(f"{slot.folder}/checkpoints")
         self._emit({"kind": "finished", "sae_id": slot.member.sae_id})
+
+
+def _dead_over_tokens(trainer: SAETrainer) -> int:
+    """Whatever window the run allows, so that a short run does not call rare latents dead."""
+    return min(DEAD_OVER_TOKENS, trainer.tokens_seen // 2)
+
+
+def _dead(trainer: SAETrainer) -> Tensor:
+    """[d_sae] float64: 1 for latents that have not fired in the last `_dead_over_tokens` tokens, 0 for the others."""
+    return (trainer.tokens_since_fired >= _dead_over_tokens(trainer)).double().cpu()
 
 
 def _saved(sae: SAE, sparsity: Tensor) -> dict[str, bytes]:

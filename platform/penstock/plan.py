@@ -1,5 +1,6 @@
 """What a sweep will do, before it does it: SAEs, packs, waves, memory, tokens, forward passes, cost. Runs nothing."""
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from penstock.models import (
     describe_model,
 )
 from penstock.pack import PackMember
+from penstock.search import Peer, rung_steps
 from penstock.sites import Site, parse_array
 from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place
 from penstock.spool import SpooledStream
@@ -90,6 +92,17 @@ class PlannedSAE:
         """Pre-activations, activations (and a transcoder's target) and their gradients of one micro-batch, in fp32."""
         width = self.settings.d_sae + self.d_in + (self.d_out if self.site.is_transcoder else 0)
         return 16 * micro_batch_tokens * width
+
+    def as_peer(self, train: TrainSpec) -> Peer:
+        """What it is compared with while it trains."""
+        settings = self.settings.model_dump(exclude={"seed"})
+        return Peer(
+            self.sae_id,
+            self.hook_point,
+            (self.hook_point, self.settings.d_sae, self.prefix_widths),
+            json.dumps(settings, sort_keys=True),
+            max(self.settings.settled_after(train.steps), train.lr_warm_up_steps),
+        )
 
     @property
     def params(self) -> dict[str, Any]:
@@ -223,22 +236,33 @@ def training_settings(train: TrainSpec) -> TrainingSettings:
 
 def plan_saes(spec: SweepSpec, model: ModelDescription, train_id: str) -> list[PlannedSAE]:
     """Every SAE of the sweep, baselines with a frozen decoder included, with its id by content."""
-    training = training_settings(spec.train)
-    planned: dict[str, PlannedSAE] = {}
-    for site in spec.sites:
-        d_in, d_out = model.hook_points[site.reads], model.hook_points[site.writes]
-        for settings, baseline in _settings_at(spec, site, d_in):
-            identity = {
-                "format": FORMAT,
-                "model": [model.fingerprint, spec.model.dtype, spec.model.processing],
-                "data": stream_identity(spec.data, train_id),
-                "hook_point": site.reads,
-                "training": _of_identity(training),
-                "settings": _of_identity(settings),
-            } | ({"writes": site.writes} if site.is_transcoder else {})
-            sae = PlannedSAE(content_id(identity), site, d_in, d_out, settings, baseline)
-            planned[sae.sae_id] = sae
-    return list(planned.values())
+    planned = [
+        plan_sae(spec, model, train_id, site, settings, baseline)
+        for site in spec.sites
+        for settings, baseline in _settings_at(spec, site, model.hook_points[site.reads])
+    ]
+    return list({sae.sae_id: sae for sae in planned}.values())
+
+
+def plan_sae(
+    spec: SweepSpec,
+    model: ModelDescription,
+    train_id: str,
+    site: Site,
+    settings: SAESettings,
+    baseline: str | None = None,
+) -> PlannedSAE:
+    """One SAE of the sweep's model, tokens and training, with its id by content."""
+    identity = {
+        "format": FORMAT,
+        "model": [model.fingerprint, spec.model.dtype, spec.model.processing],
+        "data": stream_identity(spec.data, train_id),
+        "hook_point": site.reads,
+        "training": _of_identity(training_settings(spec.train)),
+        "settings": _of_identity(settings),
+    } | ({"writes": site.writes} if site.is_transcoder else {})
+    d_in, d_out = model.hook_points[site.reads], model.hook_points[site.writes]
+    return PlannedSAE(content_id(identity), site, d_in, d_out, settings, baseline)
 
 
 def _of_identity(settings: BaseModel) -> dict[str, Any]:
@@ -453,6 +477,7 @@ def describe(
     lines += [
         f"stream     {block_bytes / 1e6:.0f} MB a block at all hook points together",
         *spooling,
+        *_searching(spec),
         f"forward    {passes:,} rows ({passes * spec.data.context_size:,} tokens) through the model for training; "
         f"report split {spec.data.report_tokens:,} tokens: one clean and one ablated pass a hook point, one an SAE",
         f"compute    {harvest_flops / 1e12:.2f} TFLOP harvesting, {sae_flops / 1e12:.2f} TFLOP training; about "
@@ -462,3 +487,13 @@ def describe(
         gpus = slots * spec.resources.gpus_per_pack + spec.resources.model_hosts * spec.resources.gpus_per_host
         lines.append(f"cost       about {hours * gpus * spec.resources.gpu_hour_cost:,.2f} at {gpus:g} GPUs")
     return "\n".join([*lines, *(f"warning    {text}" for text in warnings(spec, saes))])
+
+
+def _searching(spec: SweepSpec) -> list[str]:
+    search, parts = spec.search, []
+    if search.prune:
+        rungs = ", ".join(f"{step * spec.train.batch_tokens:,}" for step in rung_steps(spec.train.steps))
+        parts.append(f"SAEs that others beat by {search.margin:.0%} of the unexplained variance stop at {rungs} tokens")
+    if search.fill:
+        parts.append(f"then up to {search.fill} more where the front has gaps, {spec.train.tokens:,} tokens each")
+    return [f"search     {'; '.join(parts)}"] if parts else []

@@ -11,13 +11,17 @@ from penstock.calibrations import calibration_file
 from penstock.given import open_given
 from penstock.home import Home
 from penstock.identity import code_hash, content_id
+from penstock.journal import Journal
 from penstock.models import ModelDescription
-from penstock.plan import PlannedSAE, plan_saes, stream_identity
+from penstock.plan import PlannedSAE, plan_sae, plan_saes, stream_identity
+from penstock.probe import PROBE_TOKENS, Probe
+from penstock.search import Proposal
 from penstock.spec import SweepSpec
 from penstock.splits import Split
 from penstock.spool import Spool, SpooledStream
 from penstock.storage import Storage
-from penstock.tokens import TokenStore
+from penstock.tokens import TokenStore, build_evaluation_store, in_context
+from sae_core import parse_settings
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,41 @@ class ResolvedSweep:
 
     @cached_property
     def saes(self) -> list[PlannedSAE]:
-        """Every SAE, baselines with a frozen decoder included."""
+        """Every SAE, baselines with a frozen decoder and those that search has added included."""
+        return [*self.asked_for, *self.added]
+
+    @cached_property
+    def asked_for(self) -> list[PlannedSAE]:
+        """The SAEs of the spec."""
         return plan_saes(self.spec, self.model, self.store.train_id)
+
+    @cached_property
+    def added(self) -> list[PlannedSAE]:
+        """The SAEs that search has added to fill the front."""
+        proposals = self.journal.proposals() if self.spec.search.fill else None
+        return [self.planned(one) for one in proposals or ()]
+
+    def planned(self, proposal: Proposal) -> PlannedSAE:
+        """A proposed SAE, with the id that it would have in a spec. Raises `ConfigError` for settings that do not
+        fit."""
+        return plan_sae(self.spec, self.model, self.store.train_id, proposal.site, parse_settings(proposal.settings))
 
     @cached_property
     def sweep_id(self) -> str:
         search = [self.spec.search.model_dump()] if self.spec.search.is_on else []
-        return content_id([self.spec.name, sorted(sae.sae_id for sae in self.saes), self.protocol, *search])
+        return content_id([self.spec.name, sorted(sae.sae_id for sae in self.asked_for), self.protocol, *search])
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.storage, self.sweep_id)
+
+    @property
+    def probe(self) -> Probe | None:
+        """The search activations on which SAEs are compared while they train, where they are."""
+        if not self.spec.search.prune:
+            return None
+        made_of = [self.stream_id, self.protocol_of("search"), PROBE_TOKENS]
+        return Probe(self.calibration_folder, content_id(made_of))
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -57,7 +89,7 @@ class ResolvedSweep:
             "version": 2,
             "dataset": data.label,
             "split": split,
-            "tokens": self.store.id,
+            "tokens": self.evaluated.id,
             f"{split}_tokens": getattr(data, f"{split}_tokens"),
             "context_size": self.spec.evaluate.context_size or data.context_size,
             "bos": data.bos,
@@ -65,7 +97,19 @@ class ResolvedSweep:
             "exclude": data.exclude.model_dump(),
             "dtype": model.dtype,
             "processing": model.processing,
-        } | ({} if self.store.given is None else {"activations": self.store.given})
+        } | ({} if self.store.given is None else {"activations": self.store.given}) | self._mean_of
+
+    @property
+    def _mean_of(self) -> dict[str, str]:
+        return {"mean_of": self.stream_id} if self.spec.evaluate.ablation == "mean" else {}
+
+    @cached_property
+    def evaluated(self) -> TokenStore:
+        """The rows that figures are of: the store's own, unless the spec asks for another context than trained on."""
+        data = in_context(self.spec.data, self.spec.evaluate.context_size)
+        if data.context_size == self.store.context_size:
+            return self.store
+        return build_evaluation_store(data, self.spec.model, ("search", "report"), self.storage)
 
     @property
     def protocol_id(self) -> str:
@@ -160,10 +204,13 @@ class ResolvedSweep:
     def stopped(self, sae: PlannedSAE) -> dict[str, Any]:
         """Why an SAE was stopped; empty where it was not."""
         name = f"saes/{sae.sae_id}/stopped.json"
-        return self.storage.read_json(name) if self.storage.exists(name) else {}
+        return self.storage.read_json(name) if self.storage.exists(name) else self.journal.pruned(sae.sae_id)
 
     def left(self) -> list[PlannedSAE]:
-        """The SAEs still to be trained. One that diverged is none of them: the same numbers would diverge again."""
+        """The SAEs still to be trained. One that diverged is none of them: the same numbers would diverge again. Nor
+        is one that this sweep has pruned."""
         return [
-            sae for sae in self.saes if not self.is_finished(sae) and self.stopped(sae).get("status") != "diverged"
+            sae
+            for sae in self.saes
+            if not self.is_finished(sae) and self.stopped(sae).get("status") not in ("diverged", "pruned")
         ]

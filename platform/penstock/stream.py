@@ -61,6 +61,7 @@ class Stream:
             "forward_passes": 0, "harvested_tokens": 0, "harvest_seconds": 0.0,
         }  # fmt: skip
         self.consumed: dict[str, dict[str, float]] = {}  # pack -> what it has said of itself
+        self.stops: dict[str, str] = {}  # SAEs that are to stop, and why
         self._clock = clock
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,13 +138,15 @@ class Stream:
 
     async def report(
         self, pack_id: str, rows: Sequence[dict[str, Any]], about: Mapping[str, float], pause_seconds: float, run: int
-    ) -> None:
-        """Progress of a pack: metric rows and events for the driver, figures about itself, and a sign of life."""
+    ) -> dict[str, str]:
+        """Progress of a pack: metric rows and events for the driver, figures about itself, and a sign of life. The
+        answer is what has been decided: the SAEs that are to stop, in this pack or another, and why."""
         with suppress(LeaseLostError):  # what it says counts all the same; it attaches again for its next block
             self.state.progress(pack_id, self._clock(), pause_seconds, run)
         self._mail.extend(rows)
         if about:
             self.consumed[pack_id] = dict(about)
+        return self.stops
 
     # ---- the driver ----
 

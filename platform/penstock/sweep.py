@@ -12,16 +12,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.decisions import Pruner, add_saes
 from penstock.errors import SweepError, UserError
+from penstock.evaluation import evaluate_on_hosts
 from penstock.fence import BEAT_SECONDS, Fence, Pulse, claim, release
 from penstock.home import Home, remember
 from penstock.identity import code_hash
 from penstock.plan import (
     PlannedPack,
+    PlannedSAE,
     describe,
     members,
     plan_packs,
@@ -37,6 +41,7 @@ from penstock.tokens import build_token_store
 
 if TYPE_CHECKING:
     from penstock.actors import StreamConfig
+    from penstock.tracking import TrackedSAE
     from penstock.trial import TrialJob, Trials
 
 STATUS_SECONDS = 10.0
@@ -68,10 +73,15 @@ def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_
 
 def _describe(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> str:
     n_done = len(sweep.saes) - sum(len(pack.saes) for pack in packs)
-    spool = sweep.spool(len(waves(packs, slots)))
+    spool = sweep.spool(_passes(sweep, packs, slots))
     return describe(
         sweep.spec, sweep.model, sweep.saes, packs, slots, sweep.schedule, n_done, spool, sweep.store.epochs
     )
+
+
+def _passes(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> int:
+    """How often every block is needed: by each wave, and by the SAEs that are added later."""
+    return len(waves(packs, slots)) + (sweep.spec.search.fill > 0)
 
 
 class Driver(Session):
@@ -108,10 +118,15 @@ class Driver(Session):
             self.say(f"sweep {self.spec.name} ({self.sweep.sweep_id}) is done already; nothing is left to do")
             self._print_front()
             return 0
-        trials = self._start_trials()
+        self._begin()
         try:
             with self._phase("train"):
-                self._follow(trials)
+                self._train()
+            if self.spec.search.fill and self.sweep.journal.proposals() is None:
+                with self._phase("search"):
+                    self._add_saes()
+                with self._phase("train"):
+                    self._train()
             with self._phase("evaluate"):
                 self._evaluate()
             return self._finish()
@@ -134,8 +149,7 @@ class Driver(Session):
         self.join(address)
         self.left = self.sweep.left()
         self.packs = plan_packs(self.spec, self.left)
-        self.slots = max(1, min(self.slots, len(self.packs)))
-        self._spool = self.sweep.spool(len(waves(self.packs, self.slots)))
+        self._spool = self.sweep.spool(_passes(self.sweep, self.packs, self.slots))
         if self.left:
             text = _describe(self.sweep, self.packs, self.slots)
             self.say("the plan\n" + "\n".join(f"           {line}" for line in text.splitlines()))
@@ -156,9 +170,8 @@ class Driver(Session):
 
     # ---- training ----
 
-    def _start_trials(self) -> "Trials":
-        from penstock.trial import Trials
-
+    def _begin(self) -> None:
+        """Take the sweep over: start its stream, and close it to every other driver."""
         self._check_resumable()
         sweep = self.sweep
         config = self._stream_config()
@@ -172,11 +185,30 @@ class Driver(Session):
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
         self._pulse = Pulse(self.storage, sweep.status_file, self._standing)
         remember(self.home, self.spec.name, sweep.sweep_id, self.storage)
-        jobs = {pack.pack_id: self._job(pack) for pack in self.packs}
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
         again = f", {resumed} of them from checkpoints" if resumed else ""
-        self.say(f"sweep id {sweep.sweep_id}: {len(jobs)} pack(s) starting{again}")
-        return Trials(jobs, self.fleet.stream, self.slots, self.storage, f"{sweep.sweep_id}-{self._fence.token[:8]}")
+        self.say(f"sweep id {sweep.sweep_id}: {len(self.packs)} pack(s) starting{again}")
+
+    def _train(self) -> None:
+        """Run the packs to their end."""
+        from penstock.trial import Trials
+
+        assert self._fence is not None
+        self._pruner = Pruner(self.sweep, self.fleet, self.say)
+        self._pruner.begin(self.packs, self.slots)
+        jobs = {pack.pack_id: self._job(pack) for pack in self.packs}
+        name = f"{self.sweep.sweep_id}-{self._fence.token[:8]}-{len(self.sweep.added)}"
+        self._follow(Trials(jobs, self.fleet.stream, min(self.slots, max(1, len(jobs))), self.storage, name))
+
+    def _add_saes(self) -> None:
+        """Fill the front: what is added is the packs to train next."""
+        add_saes(self.sweep, self._hosts_up(), self.say)
+        before = {sae.sae_id for sae in self.sweep.saes}
+        self.sweep = replace(self.sweep)  # it has more SAEs now
+        self.left = [sae for sae in self.sweep.left() if sae.sae_id not in before]
+        self.packs = plan_packs(self.spec, self.left)
+        if self._tracker is not None:
+            self._tracker.add([self._tracked(sae) for sae in self.sweep.added])
 
     def _job(self, pack: PlannedPack) -> "TrialJob":
         from penstock.train import PackJob
@@ -199,6 +231,9 @@ class Driver(Session):
             saes_at_once=resources.saes_at_once,
             on_gpu=resources.gpus_per_pack > 0,
             spool=self._spool,
+            journal=self.sweep.journal,
+            probe=self.sweep.probe,
+            rungs=self._pruner.rungs,
             allow_code_change=self._allow_code_change,
             code=code_hash(),
         )
@@ -211,6 +246,7 @@ class Driver(Session):
             cpus=resources.cpus_per_pack,
             gpus=resources.gpus_per_pack,
             fence=self._fence,
+            journal=self.sweep.journal,
             spool=self._spool,
             work=pickle.dumps(work),
         )
@@ -219,17 +255,17 @@ class Driver(Session):
         from penstock.actors import Source, StreamConfig
         from penstock.trial import steps_reached
 
-        schedule = self.sweep.schedule
+        schedule, journal = self.sweep.schedule, self.sweep.journal
         last = schedule.steps - 1
         return StreamConfig(
             name=self.sweep.sweep_id,
             source=Source(self.sweep.store.id, self.sweep.calibration_folder, self._spool),
             n_blocks=schedule.n_blocks,
-            window=self.window(self.packs),
+            window=self.window(plan_packs(self.spec, self.sweep.saes)),
             waves=tuple({pack.pack_id: pack.hook_points for pack in wave} for wave in waves(self.packs, self.slots)),
             cursors={
                 pack.pack_id: schedule.locate(
-                    min(last, *(steps_reached(self.storage, sae.sae_id, schedule.steps) for sae in pack.saes))
+                    min(last, *(steps_reached(self.storage, sae.sae_id, schedule.steps, journal) for sae in pack.saes))
                 )[0]
                 for pack in self.packs
             },
@@ -256,17 +292,23 @@ class Driver(Session):
         """MLflow is opened when training has begun: its seconds are the packs' while they start."""
         if self._tracker is not None:
             return
-        from penstock.tracking import TrackedSAE, Tracker
+        from penstock.tracking import Tracker
 
         self._tracker = Tracker(self.home, self.spec.name, self.sweep.sweep_id)
         saes = self.sweep.saes
-        tracked = [TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline) for sae in saes]
+        tracked = [self._tracked(sae) for sae in saes]
         params = {
             "model": self.spec.model.name, "dataset": self.spec.data.label, "train_tokens": self.spec.train.tokens,
             "batch_tokens": self.spec.train.batch_tokens, "saes": len(saes), "code": code_hash(),
             "protocol": self.sweep.protocol_id,
         }  # fmt: skip
         self._tracker.open(self.sweep.yaml, params, tracked)
+
+    def _tracked(self, sae: PlannedSAE) -> "TrackedSAE":
+        from penstock.tracking import TrackedSAE
+
+        proposed = 1 if sae in self.sweep.added else None
+        return TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline, proposed)
 
     def _follow(self, trials: "Trials") -> None:
         """Pass on what the packs report until the last trial has ended. Raises what stopped the sweep."""
@@ -294,6 +336,7 @@ class Driver(Session):
             raise SweepError(f"the sweep is given up: {found['fatal']}")
         rows: dict[str, list[dict[str, Any]]] = {}
         for event in found["mail"]:
+            self._pruner.heed(event)
             if event["kind"] == "metrics":
                 rows.setdefault(event["sae_id"], []).append(event)
                 self._tokens_at[event["sae_id"]] = event["tokens"]
@@ -308,6 +351,8 @@ class Driver(Session):
                 raise SweepError(event["reason"])
             elif event["kind"] == "stopped":
                 self.say(f"SAE {event['sae_id']} {event['status']}: {event['reason']}")
+                self._tokens_at[event["sae_id"]] = event.get("tokens", self._tokens_at.get(event["sae_id"], 0))
+        self._pruner.decide()
         if rows:
             self._open_tracker()
         for sae_id, new in rows.items():
@@ -375,13 +420,14 @@ class Driver(Session):
     # ---- the result ----
 
     def _evaluate(self) -> None:
-        from penstock.evaluation import evaluate_on_hosts
+        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, self._hosts_up(), self.say)
 
-        # A host that still waits for room, or could not be built, would keep its part of the work from being done.
+    def _hosts_up(self) -> list[Any]:
+        """The hosts that answer: one that still waits for room, or could not be built, would keep its part of an
+        evaluation from being done."""
         states = self._stream_status.get("hosts", {})
         up = [host for name, host in self.fleet.hosts.items() if states.get(name, "idle").startswith(("idle", "block"))]
-        hosts = up or list(self.fleet.hosts.values())
-        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, hosts, self.say)
+        return up or list(self.fleet.hosts.values())
 
     def _finish(self) -> int:
         from penstock.results import SETTLED, publish

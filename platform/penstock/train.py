@@ -1,5 +1,6 @@
 """A pack's worker: resume, read blocks, train, checkpoint, export."""
 
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection
@@ -12,11 +13,13 @@ from penstock.activations import from_wire
 from penstock.batches import Schedule, batches, checkpoint_steps
 from penstock.calibrations import calibration_file, load_calibration, store_calibrations
 from penstock.consumer import StreamClient
-from penstock.errors import UserError
+from penstock.errors import SweepError, UserError
 from penstock.fence import Fence, FencedError
 from penstock.identity import check_code
+from penstock.journal import Journal
 from penstock.memory import is_out_of_memory
 from penstock.pack import Pack, PackMember, PackOutOfMemoryError
+from penstock.probe import Probe
 from penstock.spool import SpooledStream
 from penstock.storage import Storage
 from penstock.trial import PAUSE_SECONDS, has_ended
@@ -31,7 +34,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 @dataclass(frozen=True)
 class PackJob:
     """Everything a pack's worker needs; the stream's handle travels beside it. `hook_points` names the arrays of the
-    stream that the pack is fed."""
+    stream that the pack is fed. At the steps `rungs` its SAEs are measured on the search activations of `probe`."""
 
     pack_id: str
     members: tuple[PackMember, ...]
@@ -47,6 +50,9 @@ class PackJob:
     saes_at_once: int
     on_gpu: bool
     spool: SpooledStream | None
+    journal: Journal
+    probe: Probe | None
+    rungs: tuple[int, ...]
     allow_code_change: bool
     code: str
 
@@ -78,7 +84,7 @@ def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
 def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> None:
     torch.set_num_threads(job.threads)
     device = "cuda" if job.on_gpu and torch.cuda.is_available() else "cpu"
-    left = [member for member in job.members if not has_ended(job.storage, member.sae_id)]
+    left = [member for member in job.members if not has_ended(job.storage, member.sae_id, job.journal)]
     pack = Pack(
         left,
         job.training,
@@ -96,7 +102,8 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
     tails: dict[str, torch.Tensor] = {}
     if left:
         first_step = pack.next_step
-        client.emit({"kind": "started", "pack_id": job.pack_id, "step": first_step})
+        sae_ids = [member.sae_id for member in left]
+        client.emit({"kind": "started", "pack_id": job.pack_id, "sae_ids": sae_ids, "step": first_step})
         # The last block is read also where no step is left to make: its end is needed to export.
         first_block = job.schedule.locate(min(first_step, job.schedule.steps - 1))[0]
         for block, arrays in client.blocks(first_block, job.schedule.n_blocks):
@@ -109,6 +116,9 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
                 del inputs
                 client.about |= {"step": step + 1, "trained_tokens": pack.tokens_trained}
                 client.keep_alive()
+                if step + 1 in job.rungs:
+                    _report_rung(job, client, pack, step + 1)
+                pack.prune(client.stops, job.journal.write_run)
                 if step + 1 in save_after:
                     client.flush(PAUSE_SECONDS)
                     pack.checkpoint()
@@ -120,6 +130,23 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
             views.clear()
     client.flush(PAUSE_SECONDS)
     pack.finish(tails)
+
+
+def _report_rung(job: PackJob, client: StreamClient, pack: Pack, step: int) -> None:
+    """Measure the SAEs at a rung, for the driver to decide; training goes on meanwhile."""
+    assert job.probe is not None
+    client.flush(PAUSE_SECONDS)
+    deadline = time.monotonic() + PAUSE_SECONDS
+    while not job.probe.is_there(job.storage, job.hook_points):  # a host has been asked to make it
+        if time.monotonic() > deadline:
+            raise SweepError(f"no model host has made the search activations within {PAUSE_SECONDS:.0f} s")
+        time.sleep(0.5)
+    inputs = {array: job.probe.load(job.storage, array) for array in job.hook_points}
+    for sae_id, figures in pack.measure(step, inputs).items():
+        record = {"step": step, "tokens": step * job.training.batch_tokens, **figures}
+        job.storage.write_json(job.probe.rung_file(sae_id, step), record)
+        client.emit({"kind": "rung", "sae_id": sae_id, **record})
+    client.flush(0.0)
 
 
 def last_tokens(schedule: Schedule) -> slice:

@@ -20,6 +20,7 @@ from typing import Any
 from penstock.consumer import StreamClient
 from penstock.fence import Fence, FencedError
 from penstock.identity import content_id
+from penstock.journal import Journal
 from penstock.spool import SpooledStream
 from penstock.storage import Storage
 
@@ -41,6 +42,7 @@ class TrialJob:
     cpus: float
     gpus: float
     fence: Fence
+    journal: Journal
     spool: SpooledStream | None
     work: bytes
 
@@ -111,11 +113,11 @@ def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> str | None:
 def _give_up(job: TrialJob, stream: Any, fence: Fence, reason: str) -> dict[str, Any]:
     """What becomes of a pack that cannot go on as it is: see `run_pack`."""
     client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
-    left = [sae_id for sae_id in job.sae_ids if not has_ended(job.storage, sae_id)]
+    left = [sae_id for sae_id in job.sae_ids if not has_ended(job.storage, sae_id, job.journal)]
     if len(left) == 1:
         record = {"status": "failed", "reason": reason, "step": min(progress(job)), "history": []}
         job.storage.write_json(f"saes/{left[0]}/stopped.json", record)
-        client.log(f"SAE {left[0]} failed: {reason}")
+        client.emit({"kind": "stopped", "sae_id": left[0], "status": "failed", "reason": reason})
     elif left:
         client.log(f"{reason}; its {len(left)} SAEs go on in two packs")
     client.close()
@@ -164,15 +166,16 @@ def _ran_out_of_memory(error: Exception) -> bool:
     return "OutOfMemoryError" in str(error) or "running low on memory" in str(error)
 
 
-def has_ended(storage: Storage, sae_id: str) -> bool:
+def has_ended(storage: Storage, sae_id: str, journal: Journal) -> bool:
     """Whether an SAE is finished, or was stopped: either way its pack has nothing more to do for it."""
     folder = f"saes/{sae_id}"
-    return storage.is_committed(f"{folder}/final") or storage.exists(f"{folder}/stopped.json")
+    stopped = storage.exists(f"{folder}/stopped.json") or journal.is_pruned(sae_id)
+    return stopped or storage.is_committed(f"{folder}/final")
 
 
-def steps_reached(storage: Storage, sae_id: str, steps: int) -> int:
+def steps_reached(storage: Storage, sae_id: str, steps: int, journal: Journal) -> int:
     """The step that an SAE has safely reached, by what is in storage; all of them where nothing more is to be done."""
-    if has_ended(storage, sae_id):
+    if has_ended(storage, sae_id, journal):
         return steps
     names = storage.names(f"saes/{sae_id}/checkpoints")
     return int(names[-1].removeprefix("step-")) if names else 0
@@ -180,7 +183,7 @@ def steps_reached(storage: Storage, sae_id: str, steps: int) -> int:
 
 def progress(job: TrialJob) -> tuple[int, ...]:
     """The step that each SAE of the pack has safely reached."""
-    return tuple(steps_reached(job.storage, sae_id, job.steps) for sae_id in job.sae_ids)
+    return tuple(steps_reached(job.storage, sae_id, job.steps, job.journal) for sae_id in job.sae_ids)
 
 
 class Trials:
