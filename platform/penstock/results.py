@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from penstock.evaluation import bases, figures_file, of_sae
+from penstock.evaluation import bases, figures_of, of_sae, rows_of
 from penstock.pareto import mark_front
 from penstock.plan import FROZEN_DECODER, PlannedSAE
 from penstock.resolved import ResolvedSweep
+from penstock.statistics import HEADLINE
+from penstock.tracking import ROWS_FILE
 
 if TYPE_CHECKING:
     from penstock.tracking import Tracker
 
-SETTLED = ("finished", "diverged")
+SETTLED = ("finished", "diverged", "pruned")
 
 
 def outcome(sweep: ResolvedSweep, sae: PlannedSAE) -> tuple[str, dict[str, float], str | None]:
     """(status, final figures, why it was stopped) of an SAE."""
     if sweep.is_finished(sae):
         summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
-        figures = sweep.storage.read_json(figures_file(sweep, of_sae(sae), sae.site))["metrics"]
+        figures = figures_of(sweep, of_sae(sae), sae.site)
         # Whether a latent is dead shows over more tokens than the report split has.
         return "finished", figures | {name: summary[name] for name in ("dead_fraction", "dead_over_tokens")}, None
     stopped = sweep.stopped(sae)
@@ -37,14 +39,16 @@ def prefix_figures(sweep: ResolvedSweep, sae: PlannedSAE) -> dict[int, dict[str,
     summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
     found = {}
     for width in sae.prefix_widths:
-        figures = sweep.storage.read_json(figures_file(sweep, of_sae(sae, width), sae.site))["metrics"]
+        figures = figures_of(sweep, of_sae(sae, width), sae.site)
         dead = summary["dead_fraction_of_prefix"][str(width)]
         found[width] = figures | {"dead_fraction": dead, "dead_over_tokens": summary["dead_over_tokens"]}
     return found
 
 
-def sae_table(sweep: ResolvedSweep) -> pd.DataFrame:
-    """One row an SAE and one a prefix, baselines left out: settings, figures, status, whether it is on the front."""
+def sae_table(sweep: ResolvedSweep, evaluated: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row an SAE and one a prefix, baselines left out: settings, figures with their 95% intervals (`l0_low`,
+    `l0_high`, ...), status, whether it is on the front and who dominates it. `evaluated` are the sweep's evaluation
+    rows, read from storage unless given."""
     rows = []
     for sae in sweep.saes:
         if sae.baseline is None:
@@ -52,10 +56,10 @@ def sae_table(sweep: ResolvedSweep) -> pd.DataFrame:
             for prefix, figures in {None: whole, **prefix_figures(sweep, sae)}.items():
                 rows.append({"sae_id": sae.sae_id, **sae.params, "prefix": prefix, **figures, "status": status})
     table = pd.DataFrame(rows).astype({"prefix": float})
-    for column in ("l0", "ce_recovered"):
-        if column not in table:
-            table[column] = float("nan")
-    return mark_front(table, sweep.spec.select.l0_band)
+    intervals = [f"{name}_{end}" for name in HEADLINE for end in ("low", "high")]
+    missing = [name for name in (*HEADLINE, *intervals) if name not in table]
+    table = table.assign(**dict.fromkeys(missing, float("nan")))
+    return mark_front(table, sweep.spec.select.l0_band, rows_of(sweep) if evaluated is None else evaluated)
 
 
 def baseline_table(sweep: ResolvedSweep) -> pd.DataFrame:
@@ -64,7 +68,7 @@ def baseline_table(sweep: ResolvedSweep) -> pd.DataFrame:
     rows = []
     for site in sweep.spec.sites:
         for basis in bases(sweep, site):
-            figures = sweep.storage.read_json(figures_file(sweep, basis, site))["metrics"]
+            figures = figures_of(sweep, basis, site)
             kind = f"target_{basis.basis}" if site.is_transcoder else basis.basis
             rows.append({"kind": kind, "hook_point": site.label, "k": basis.k, **figures})
     for sae in sweep.saes:
@@ -78,9 +82,10 @@ def publish(sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float])
     """Log every SAE's end, the tables, the plots and the cost. Returns the table."""
     for sae in sweep.saes:
         _publish_sae(sweep, tracker, sae)
-    table, baselines = sae_table(sweep), baseline_table(sweep)
+    evaluated = rows_of(sweep)
+    table, baselines = sae_table(sweep, evaluated), baseline_table(sweep)
     status = "finished" if table["status"].isin(SETTLED).all() else "failed"
-    files = _write_files(sweep, table, baselines)
+    files = [*_write_files(sweep, table, baselines), _write_rows(sweep, evaluated)]
     tracker.finish_sweep(status=status, front=table, baselines=baselines, cost=cost, files=files)
     if status == "finished":
         record = {"saes": [sae.sae_id for sae in sweep.saes], "cost": dict(cost)}
@@ -109,6 +114,12 @@ def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE) -> N
         tracker.finish_sae(
             sae.sae_id, status=status, metrics=figures, folder=folder if files else None, reason=reason
         )
+
+
+def _write_rows(sweep: ResolvedSweep, evaluated: pd.DataFrame) -> Path:
+    path = report_folder(sweep) / ROWS_FILE
+    evaluated.to_parquet(path, index=False)
+    return path
 
 
 def _write_files(sweep: ResolvedSweep, table: Any, baselines: Any) -> Sequence[Path]:

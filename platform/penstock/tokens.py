@@ -206,6 +206,15 @@ def build_evaluation_store(
     return _commit_store(_description(parts, data, tokenizer), storage)
 
 
+def in_context(data: DataSpec, context_size: int | None) -> DataSpec:
+    """The same data in rows of another length; in the same ones for None."""
+    if context_size in (None, data.context_size):
+        return data
+    return data.model_copy(
+        update={"context_size": context_size, "block_tokens": max(data.block_tokens, context_size), "activations": None}
+    )
+
+
 def _build_parts(
     splits: Sequence[Split], mixture: "_Mixture", tokenizer: Tokenizer, data: DataSpec, model: ModelSpec,
     train: TrainSpec | None, storage: Storage, parallel_map: ParallelMap, progress: Callable[[str], None],

@@ -12,7 +12,7 @@ from penstock.activations import from_wire
 from penstock.batches import batches
 from penstock.cli import format_front
 from penstock.errors import SweepError
-from penstock.evaluation import _add, _slices
+from penstock.evaluation import evaluation_of, in_process
 from penstock.home import Home
 from penstock.model_host import ModelHost
 from penstock.pack import Pack
@@ -20,7 +20,6 @@ from penstock.plan import members, plan_packs, read_sweep, training_settings
 from penstock.resolved import ResolvedSweep
 from penstock.results import baseline_table, publish, sae_table
 from penstock.storage import Storage
-from penstock.subjects import load_subject
 from penstock.tokens import build_token_store
 from penstock.tracking import TrackedSAE, Tracker, find_sweep
 from penstock.train import last_tokens
@@ -66,14 +65,7 @@ def run(tmp_path_factory):
         host = ModelHost(spec.model, device="cpu")
         for planned in plan_packs(spec, sweep.left()):
             _train(sweep, host, planned)
-        for part in _slices(sweep):
-            loaded = {subject: load_subject(subject, storage) for subject in part.round.subjects}
-            saes, bases = ({subject.name: module for subject, module in loaded.items() if bool(subject.basis) == basis}
-                           for basis in (False, True))  # fmt: skip
-            sums = host.evaluate_site(
-                store, spec.data, part.round.site, saes, bases, "report", part.start_row, part.stop_row
-            )
-            _add(sweep, part.round, sums)
+        in_process(evaluation_of(sweep), host, spec.data, lambda message: None)
         tracker = Tracker(home, name, sweep.sweep_id)
         tracker.open(sweep.yaml, {}, [TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline)
                                       for sae in sweep.saes])  # fmt: skip
@@ -175,7 +167,7 @@ def test_baselines_of_transcoders_say_what_they_see(transcoders, nested):
 
 
 def test_what_has_its_figures_is_not_evaluated_again(transcoders, nested):
-    assert _slices(transcoders) == [] and _slices(nested) == []
+    assert evaluation_of(transcoders).left() == [] and evaluation_of(nested).left() == []
 
 
 @pytest.mark.parametrize(
