@@ -51,7 +51,7 @@ class Bootstrap:
         for row in range(n_rows):
             of_document[documents[row]] += sums[:, row]
         self._totals = of_document.sum(0)
-        flat = of_document.reshape(self.documents, -1)
+        flat = of_document.reshape(self.documents, n_saes * len(ROW_SUMS))
         generator = np.random.default_rng(seed)
         at_once = max(1, _COUNTS_AT_ONCE // max(self.documents, 1))
         drawn = [
@@ -82,6 +82,18 @@ class Bootstrap:
     def difference(self, a: str, b: str, metric: str) -> tuple[float, float]:
         """The 95% interval of `metric` of SAE `a` less that of `b`, paired: (low, high)."""
         return self._interval(self.replicates(a)[metric] - self.replicates(b)[metric])
+
+    def differences(self, names: Sequence[str], base: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same for several SAEs less one `base`: the lower and the upper ends, [names] each."""
+        base_values = self.replicates(base)[metric]
+        values = np.stack([self.replicates(name)[metric] - base_values for name in names])
+        finite = np.isfinite(values).all(axis=1)
+        if self.documents < 2:
+            finite[:] = False
+        low, high = (np.full(len(names), float("nan")) for _ in range(2))
+        if finite.any():
+            low[finite], high[finite] = np.quantile(values[finite], [self._tail, 1 - self._tail], axis=1)
+        return low, high
 
     def _position(self, sae: str) -> int:
         if sae not in self.names:
