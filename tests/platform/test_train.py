@@ -1,5 +1,7 @@
 """The life of a pack on its worker, with a stream that hands out blocks from memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from safetensors.torch import save as save_tensors
 
 from penstock.batches import Schedule, batches
 from penstock.identity import code_hash
+from penstock.journal import Journal
 from penstock.pack import Pack, PackMember
+from penstock.probe import Probe
+from penstock.search import Stop
 from penstock.storage import Storage
 from penstock.train import PackJob, _train
 from sae_core import TrainingSettings, calibrate, parse_settings
@@ -35,6 +40,8 @@ class Blocks:
 
     def __init__(self):
         self.taken, self.events, self.about = [], [], {}
+        self.stops = {}  # what has been decided, as far as the pack has heard
+        self.stop_when = {}  # step -> what is decided then
 
     def blocks(self, first, stop):
         for block in range(first, stop):
@@ -47,6 +54,9 @@ class Blocks:
     def emit(self, event):
         self.events.append(event)
 
+    def events_of(self, kind):
+        return [event for event in self.events if event["kind"] == kind]
+
     def log(self, message):
         self.emit({"kind": "log", "message": message})
 
@@ -54,7 +64,7 @@ class Blocks:
         pass
 
     def keep_alive(self):
-        pass
+        self.stops = self.stops | self.stop_when.get(self.about["step"], {})
 
 
 @pytest.fixture
@@ -67,7 +77,7 @@ def start(tmp_path):
             pack_id=name, members=MEMBERS, hook_points=(READS, WRITES), training=TRAINING, schedule=SCHEDULE,
             storage=storage, calibration_folder="calibration", dtype="float32", checkpoints=0, micro_batch_tokens=None,
             threads=1, saes_at_once=2, on_gpu=False, spool=None, allow_code_change=False,
-            code=code_hash(),
+            code=code_hash(), journal=Journal(storage, "sweep"), probe=None, rungs=(),
         )  # fmt: skip
         return job, Blocks()
 
@@ -115,3 +125,83 @@ def test_a_pack_whose_saes_have_all_ended_reads_nothing(start):
     again = Blocks()
     _train(job, again, free)
     assert again.taken == [] and again.events == []
+
+
+# ---- rungs ----------------------------------------------------------------------------------------------------------
+
+
+def with_probe(job: PackJob, rungs: tuple[int, ...]) -> PackJob:
+    probe = Probe("calibration", "p")
+    for name, array in arrays(99).items():
+        probe.store(job.storage, name, torch.from_numpy(array))
+    return replace(job, probe=probe, rungs=rungs)
+
+
+def rung_events(stream: Blocks) -> list[tuple[str, int]]:
+    return [(event["sae_id"], event["step"]) for event in stream.events if event["kind"] == "rung"]
+
+
+def test_at_a_rung_every_sae_is_measured_as_it_would_be_used_and_no_weight_changes(start):
+    whole, stream = start("whole")
+    _train(whole, stream, free)
+    measured, stream = start("measured")
+    measured = with_probe(measured, (2, 4))
+    _train(measured, stream, free)
+    assert rung_events(stream) == [("sae", 2), ("coder", 2), ("sae", 4), ("coder", 4)]
+    ours, theirs = weights(measured), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    record = measured.storage.read_json(measured.probe.rung_file("coder", 4))
+    assert record == {key: value for key, value in stream.events_of("rung")[3].items() if key not in ("kind", "sae_id")}
+    assert record["tokens"] == 4 * 32
+    # by hand, with the SAE as it stood after four steps
+    pack = Pack(MEMBERS, TRAINING, CALIBRATIONS, Storage(f"{measured.storage.uri}-by-hand"))
+    for block in range(2):
+        views = {name: torch.from_numpy(array) for name, array in arrays(block).items()}
+        for step, batch in batches(SCHEDULE, block, 100, 0):
+            if step < 4:
+                pack.step(step, {name: view[batch] for name, view in views.items()})
+    sae = next(slot.trainer for slot in pack._slots if slot.member.sae_id == "coder").export()
+    x, target = (torch.from_numpy(arrays(99)[name]) for name in (READS, WRITES))
+    f, x_hat = sae.reconstruct(x)
+    unexplained = float((target - x_hat).square().sum() / (target - target.mean(0)).square().sum())
+    assert record["l0"] == pytest.approx(float((f != 0).double().sum(1).mean()), abs=1e-9)
+    assert record["explained_variance"] == pytest.approx(1 - unexplained, rel=1e-5)
+
+
+def test_an_sae_that_is_stopped_frees_its_share_and_the_others_keep_their_bits(start):
+    whole, stream = start("whole")
+    _train(whole, stream, free)
+    pruned, stream = start("pruned")
+    pruned.journal.write_stop(Stop("coder", 2, "beaten"), 64)
+    stream.stop_when = {5: {"coder": "beaten", "another pack's": "beaten"}}
+    # It is in the journal already when the pack starts, as for a pack that starts again: then it is left out at once.
+    _train(pruned, stream, free)
+    assert not pruned.storage.exists("saes/coder/final") and rung_events(stream) == []
+    alone = {name: value for name, value in weights(whole).items() if name.startswith("sae.")}
+    folder = pruned.storage.read_folder("saes/sae/final")["sae_weights.safetensors"]
+    assert all(torch.equal(load_tensors(folder)[name.removeprefix("sae.")], value) for name, value in alone.items())
+
+
+def test_a_stop_that_arrives_while_the_pack_runs_ends_that_sae_there(start):
+    whole, stream = start("whole")
+    _train(whole, stream, free)
+    pruned, stream = start("pruned")
+    stream.stop_when = {5: {"coder": "beaten", "another pack's": "beaten"}}
+    _train(pruned, stream, free)
+    (stopped,) = stream.events_of("stopped")
+    assert stopped == {"kind": "stopped", "sae_id": "coder", "status": "pruned", "reason": "beaten", "step": 5,
+                       "tokens": 5 * 32}  # fmt: skip
+    assert not pruned.storage.exists("saes/coder/final") and not pruned.storage.exists("saes/coder/stopped.json")
+    run = pruned.storage.read_json("sweeps/sweep/pruned/coder-run.json")
+    assert run["step"] == 5 and [row["tokens"] for row in run["history"]] == [32 * step for step in range(1, 6)]
+    assert stream.about["trained_tokens"] == 5 * 32 + 8 * 32
+    alone = {name: value for name, value in weights(whole).items() if name.startswith("sae.")}
+    folder = pruned.storage.read_folder("saes/sae/final")["sae_weights.safetensors"]
+    assert all(torch.equal(load_tensors(folder)[name.removeprefix("sae.")], value) for name, value in alone.items())
+
+
+def test_a_pack_whose_saes_are_all_stopped_reads_no_further(start):
+    job, stream = start("nobody")
+    stream.stop_when = {2: {"coder": "beaten", "sae": "beaten"}}
+    _train(job, stream, free)
+    assert stream.taken == [0] and len(stream.events_of("stopped")) == 2
