@@ -294,10 +294,12 @@ def check_sites(description: ModelDescription, sites: Sequence[Site]) -> None:
                              "comes too late for what is written; accepted: `writes` at or behind `reads`")  # fmt: skip
 
 
-def check_context_size(description: ModelDescription, context_size: int) -> None:
+def check_context_size(
+    description: ModelDescription, context_size: int, field: str = "data.context_size"
+) -> None:
     """Raise `ModelError` when rows are longer than what the model can read."""
     if description.context_limit is not None and context_size > description.context_limit:
-        raise ModelError(f"data.context_size {context_size}: model.name {description.name!r} reads at most "
+        raise ModelError(f"{field} {context_size}: model.name {description.name!r} reads at most "
                          f"{description.context_limit} tokens")  # fmt: skip
 
 

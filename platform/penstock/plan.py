@@ -201,6 +201,7 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
         check_weight_files(model)
         check_sites(description, spec.sites)
         check_context_size(description, data.context_size)
+        check_context_size(description, spec.evaluate.context_size or 0, "evaluate.context_size")
         packs = plan_packs(spec, plan_saes(spec, description, train_id=""))
         if data.activations is not None:
             arrays = sorted(arrays_of(packs))

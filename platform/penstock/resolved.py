@@ -84,24 +84,7 @@ class ResolvedSweep:
 
     def protocol_of(self, split: Split) -> dict[str, Any]:
         """What figures depend on beside the SAE. Decisions are made on `search`, what is published is of `report`."""
-        data, model = self.spec.data, self.spec.model
-        return {
-            "version": 2,
-            "dataset": data.label,
-            "split": split,
-            "tokens": self.evaluated.id,
-            f"{split}_tokens": getattr(data, f"{split}_tokens"),
-            "context_size": self.spec.evaluate.context_size or data.context_size,
-            "bos": data.bos,
-            "ablation": self.spec.evaluate.ablation,
-            "exclude": data.exclude.model_dump(),
-            "dtype": model.dtype,
-            "processing": model.processing,
-        } | ({} if self.store.given is None else {"activations": self.store.given}) | self._mean_of
-
-    @property
-    def _mean_of(self) -> dict[str, str]:
-        return {"mean_of": self.stream_id} if self.spec.evaluate.ablation == "mean" else {}
+        return protocol_of(self.spec, self.evaluated, split, self.store.given, self.stream_id)
 
     @cached_property
     def evaluated(self) -> TokenStore:
@@ -193,6 +176,11 @@ class ResolvedSweep:
         return f"sweeps/{self.sweep_id}/control.json"
 
     @property
+    def published_file(self) -> str:
+        """Which token store the SAEs were trained on, and what protocol their figures are of."""
+        return published_file(self.sweep_id)
+
+    @property
     def result_file(self) -> str:
         return f"sweeps/{self.sweep_id}/result.json"
 
@@ -214,3 +202,33 @@ class ResolvedSweep:
             for sae in self.saes
             if not self.is_finished(sae) and self.stopped(sae).get("status") not in ("diverged", "pruned")
         ]
+
+
+def published_file(sweep_id: str) -> str:
+    return f"sweeps/{sweep_id}/published.json"
+
+
+def protocol_of(
+    spec: SweepSpec, store: TokenStore, split: Split, given: str | None, stream_id: str
+) -> dict[str, Any]:
+    """What figures measured on a split of `store` depend on beside the SAE, which was trained on the stream of that id
+    and, where there are such, on the activations `given`."""
+    data, model, evaluate = spec.data, spec.model, spec.evaluate
+    protocol = {
+        "version": 2,
+        "dataset": data.label,
+        "split": split,
+        "tokens": store.id,
+        f"{split}_tokens": getattr(data, f"{split}_tokens"),
+        "context_size": evaluate.context_size or data.context_size,
+        "bos": data.bos,
+        "ablation": evaluate.ablation,
+        "exclude": data.exclude.model_dump(),
+        "dtype": model.dtype,
+        "processing": model.processing,
+    }
+    if given is not None:
+        protocol["activations"] = given
+    if evaluate.ablation == "mean":
+        protocol["mean_of"] = stream_id
+    return protocol

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from penstock.evaluation import bases, figures_of, of_sae, rows_of
+from penstock.evaluation import Evaluation, bases, evaluation_of, of_sae
 from penstock.pareto import mark_front
 from penstock.plan import FROZEN_DECODER, PlannedSAE
 from penstock.resolved import ResolvedSweep
@@ -21,72 +21,77 @@ if TYPE_CHECKING:
 SETTLED = ("finished", "diverged", "pruned")
 
 
-def outcome(sweep: ResolvedSweep, sae: PlannedSAE) -> tuple[str, dict[str, float], str | None]:
-    """(status, final figures, why it was stopped) of an SAE."""
+def outcome(
+    sweep: ResolvedSweep, sae: PlannedSAE, evaluation: Evaluation
+) -> tuple[str, dict[str, float], str | None]:
+    """(status, figures of an evaluation, why it was stopped) of an SAE."""
     if sweep.is_finished(sae):
         summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
-        figures = figures_of(sweep, of_sae(sae), sae.site)
+        figures = evaluation.figures(of_sae(sae), sae.site)
         # Whether a latent is dead shows over more tokens than the report split has.
         return "finished", figures | {name: summary[name] for name in ("dead_fraction", "dead_over_tokens")}, None
     stopped = sweep.stopped(sae)
     return stopped.get("status", "failed"), {}, stopped.get("reason", "its pack never finished it")
 
 
-def prefix_figures(sweep: ResolvedSweep, sae: PlannedSAE) -> dict[int, dict[str, float]]:
-    """The final figures of a finished SAE's prefixes, by width."""
+def prefix_figures(
+    sweep: ResolvedSweep, sae: PlannedSAE, evaluation: Evaluation
+) -> dict[int, dict[str, float]]:
+    """The figures of a finished SAE's prefixes, by width."""
     if not sae.prefix_widths or not sweep.is_finished(sae):
         return {}
     summary = sweep.storage.read_json(f"saes/{sae.sae_id}/final/summary.json")
     found = {}
     for width in sae.prefix_widths:
-        figures = figures_of(sweep, of_sae(sae, width), sae.site)
+        figures = evaluation.figures(of_sae(sae, width), sae.site)
         dead = summary["dead_fraction_of_prefix"][str(width)]
         found[width] = figures | {"dead_fraction": dead, "dead_over_tokens": summary["dead_over_tokens"]}
     return found
 
 
-def sae_table(sweep: ResolvedSweep, evaluated: pd.DataFrame | None = None) -> pd.DataFrame:
+def sae_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -> pd.DataFrame:
     """One row an SAE and one a prefix, baselines left out: settings, figures with their 95% intervals (`l0_low`,
-    `l0_high`, ...), status, whether it is on the front and who dominates it. `evaluated` are the sweep's evaluation
-    rows, read from storage unless given."""
-    rows = []
+    `l0_high`, ...), status, whether it is on the front and who dominates it. Figures are those that are published,
+    unless another evaluation of the sweep's SAEs is given."""
+    evaluation, rows = evaluation or evaluation_of(sweep), []
     for sae in sweep.saes:
         if sae.baseline is None:
-            status, whole, _ = outcome(sweep, sae)
-            for prefix, figures in {None: whole, **prefix_figures(sweep, sae)}.items():
+            status, whole, _ = outcome(sweep, sae, evaluation)
+            for prefix, figures in {None: whole, **prefix_figures(sweep, sae, evaluation)}.items():
                 rows.append({"sae_id": sae.sae_id, **sae.params, "prefix": prefix, **figures, "status": status})
     table = pd.DataFrame(rows).astype({"prefix": float})
     intervals = [f"{name}_{end}" for name in HEADLINE for end in ("low", "high")]
     missing = [name for name in (*HEADLINE, *intervals) if name not in table]
     table = table.assign(**dict.fromkeys(missing, float("nan")))
-    return mark_front(table, sweep.spec.select.l0_band, rows_of(sweep) if evaluated is None else evaluated)
+    return mark_front(table, sweep.spec.select.l0_band, evaluation.rows())
 
 
-def baseline_table(sweep: ResolvedSweep) -> pd.DataFrame:
+def baseline_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -> pd.DataFrame:
     """One row a baseline: kind, hook_point, k and its figures. Bases of what a transcoder writes have kinds of their
     own, `target_neurons` and `target_pca`."""
-    rows = []
+    evaluation, rows = evaluation or evaluation_of(sweep), []
     for site in sweep.spec.sites:
         for basis in bases(sweep, site):
-            figures = figures_of(sweep, basis, site)
+            figures = evaluation.figures(basis, site)
             kind = f"target_{basis.basis}" if site.is_transcoder else basis.basis
             rows.append({"kind": kind, "hook_point": site.label, "k": basis.k, **figures})
     for sae in sweep.saes:
         if sae.baseline is not None and sweep.is_finished(sae):
-            _, figures, _ = outcome(sweep, sae)
+            _, figures, _ = outcome(sweep, sae, evaluation)
             rows.append({"kind": FROZEN_DECODER, "hook_point": sae.hook_point, "k": sae.params["k"], **figures})
     return pd.DataFrame(rows, columns=None if rows else ["kind", "hook_point", "k", "l0", "ce_recovered"])
 
 
 def publish(sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float]) -> pd.DataFrame:
     """Log every SAE's end, the tables, the plots and the cost. Returns the table."""
+    evaluation = evaluation_of(sweep)
     for sae in sweep.saes:
-        _publish_sae(sweep, tracker, sae)
-    evaluated = rows_of(sweep)
-    table, baselines = sae_table(sweep, evaluated), baseline_table(sweep)
+        _publish_sae(sweep, tracker, sae, evaluation)
+    table, baselines = sae_table(sweep, evaluation), baseline_table(sweep, evaluation)
     status = "finished" if table["status"].isin(SETTLED).all() else "failed"
-    files = [*_write_files(sweep, table, baselines), _write_rows(sweep, evaluated)]
+    files = [*_write_files(sweep, table, baselines), _write_rows(sweep, evaluation)]
     tracker.finish_sweep(status=status, front=table, baselines=baselines, cost=cost, files=files)
+    sweep.storage.write_json(sweep.published_file, {"protocol": sweep.protocol, "store": sweep.store.id})
     if status == "finished":
         record = {"saes": [sae.sae_id for sae in sweep.saes], "cost": dict(cost)}
         sweep.storage.write_json(sweep.result_file, record)
@@ -97,9 +102,9 @@ def report_folder(sweep: ResolvedSweep) -> Path:
     return sweep.home.path / "reports" / sweep.sweep_id
 
 
-def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE) -> None:
-    status, figures, reason = outcome(sweep, sae)
-    for width, of_prefix in prefix_figures(sweep, sae).items():
+def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE, evaluation: Evaluation) -> None:
+    status, figures, reason = outcome(sweep, sae, evaluation)
+    for width, of_prefix in prefix_figures(sweep, sae, evaluation).items():
         figures |= {f"prefix_{width}.{name}": value for name, value in of_prefix.items()}
     if status == "finished":
         files = sweep.storage.read_folder(f"saes/{sae.sae_id}/final")
@@ -116,9 +121,9 @@ def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE) -> N
         )
 
 
-def _write_rows(sweep: ResolvedSweep, evaluated: pd.DataFrame) -> Path:
+def _write_rows(sweep: ResolvedSweep, evaluation: Evaluation) -> Path:
     path = report_folder(sweep) / ROWS_FILE
-    evaluated.to_parquet(path, index=False)
+    evaluation.rows().to_parquet(path, index=False)
     return path
 
 

@@ -9,8 +9,10 @@ from typing import Any
 from penstock.errors import SweepError
 from penstock.fleet import Fleet
 from penstock.home import Home
+from penstock.models import describe_model
 from penstock.plan import Cluster, PlannedPack, memory_of_block, read_sweep
 from penstock.resolved import ResolvedSweep
+from penstock.spec import SweepSpec
 from penstock.storage import Storage
 from penstock.tokens import TokenStore, build_token_store
 
@@ -25,14 +27,17 @@ def this_machine() -> Cluster:
 
 
 class Session:
-    """A spec, and the cluster it runs on. `sweep`, `slots` (packs that run at once) are there once `join` is done."""
+    """A spec (a file's path, or one that has been read), and the cluster it runs on. `sweep` and `slots` (packs that run
+    at once) are there once `join` is done."""
 
     sweep: ResolvedSweep
     slots: int
 
-    def __init__(self, spec_path: str | Path, home: Home) -> None:
+    def __init__(self, spec: str | Path | SweepSpec, home: Home) -> None:
         self._started = time.time()
-        self.spec, self.model = read_sweep(spec_path)
+        self.spec, self.model = (
+            (spec, describe_model(spec.model)) if isinstance(spec, SweepSpec) else read_sweep(spec)
+        )
         self.home = home
         self.storage = Storage(home.storage_uri(self.spec.storage))
         self.fleet = Fleet(self.spec, self.storage, self.say)

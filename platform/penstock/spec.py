@@ -379,6 +379,10 @@ class SweepSpec(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepSpec":
+        first_positions, context_size = self.data.exclude.first_positions, self.evaluate.context_size
+        if context_size is not None and first_positions >= context_size:
+            raise ValueError(f"evaluate.context_size {context_size} leaves nothing of a row: "
+                             f"data.exclude.first_positions is {first_positions}")  # fmt: skip
         usable = self.data.block_rows * (self.data.context_size - self.data.exclude.first_positions)
         if self.train.batch_tokens > usable:
             raise ValueError(
