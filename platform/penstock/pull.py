@@ -122,7 +122,7 @@ def _pick(
     runs = find_sweep(home, sweep)
     table = sweep_table(home, runs)
     if sae is None:
-        return runs, select(table, str(hook_point), architecture, l0 or runs.l0_band)
+        return runs, select(table, str(hook_point), architecture, l0 or runs.l0_band, runs.evaluation_rows())
     row = find_sae(table, sae)
     if row["status"] != "finished":
         raise SweepError(f"SAE {key_of(row)} is {row['status']}: only what is finished can be fetched")
