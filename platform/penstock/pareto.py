@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from penstock.statistics import Bootstrap
 
 Band = tuple[float, float]
-_NOT_USABLE = ("diverged", "failed", "pruned")
+NOT_USABLE = ("diverged", "failed", "pruned")
 
 
 def sae_key(sae_id: str, prefix: float | None) -> str:
@@ -113,6 +113,7 @@ def mark_front(
     points on (L0, CE increase), by the figures as they are.
     """
     table = table.reset_index(drop=True)
+    rows = None if rows is None or rows.empty else rows
     on_front, certain = np.zeros(len(table), dtype=bool), np.zeros(len(table), dtype=bool)
     dominated_by: list[str | None] = [None] * len(table)
     usable = table[_usable(table, l0_band)]
@@ -186,7 +187,7 @@ def _front(l0: pd.Series, quality: pd.Series, usable: pd.Series) -> pd.Series:
 
 def _usable(table: pd.DataFrame, l0_band: Band | None) -> pd.Series:
     usable = in_band(table, l0_band) & (table["ce_recovered"].astype(float) > 0)
-    return usable & ~table["status"].isin(_NOT_USABLE) if "status" in table else usable
+    return usable & ~table["status"].isin(NOT_USABLE) if "status" in table else usable
 
 
 def ce_increase(table: pd.DataFrame) -> pd.Series:
@@ -269,6 +270,7 @@ def select(
     hook_point = resolve_hook_point(table, hook_point)
     at_hook = table[table["hook_point"] == hook_point]
     asked = at_hook if architecture is None else _of_architecture(at_hook, architecture)
+    rows = None if rows is None or rows.empty else rows
     front = asked[mark_front(asked, l0_band, rows)["on_front"].to_numpy()]
     if front.empty:
         raise SweepError(_nothing_fits(asked, hook_point, architecture, l0_band))
@@ -341,7 +343,7 @@ def seed_groups(table: pd.DataFrame) -> pd.DataFrame:
         keys = [key_of(record) for record in group.to_dict("records")]
         usable = group[group["l0"].notna()]
         if "status" in usable:
-            usable = usable[~usable["status"].isin(_NOT_USABLE)]
+            usable = usable[~usable["status"].isin(NOT_USABLE)]
         found = {name: usable[name].astype(float) for name in figures}
         groups.append(
             {
@@ -368,7 +370,7 @@ def _nothing_fits(rows: pd.DataFrame, hook_point: str, architecture: str | None,
     asked = f"{architecture or 'SAE'} at {hook_point}"
     usable = rows[rows["l0"].notna() & rows["ce_recovered"].notna()]
     if "status" in usable:
-        usable = usable[~usable["status"].isin(_NOT_USABLE)]
+        usable = usable[~usable["status"].isin(NOT_USABLE)]
     if usable.empty:
         statuses = rows["status"].value_counts().items() if "status" in rows else []
         counts = ", ".join(f"{count} {status}" for status, count in statuses)
