@@ -148,13 +148,20 @@ class Pack:
                                            f"{slot.trainer.micro_batch_tokens} tokens") from outcome  # fmt: skip
             self._note(slot, outcome)
 
-    def measure(self, step: int, inputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    def measure(
+        self, step: int, inputs: Mapping[str, Tensor], latest: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, float]]:
         """The figures, by SAE, of those that have made `step` steps, as they would be used now, on search activations
-        [n, d] an input: `l0`, `explained_variance`, and `dead_fraction` by the training tokens so far."""
+        [n, d] an input: `l0`, `explained_variance`, and `dead_fraction` by the training tokens so far. `latest`: the
+        training tokens that thresholds are calibrated on."""
         due = [slot for slot in self._slots if slot.active and slot.trainer.steps_done == step]
         return {
             slot.member.sae_id: {
-                **measure(slot.trainer.export(), inputs[slot.member.reads], inputs[slot.member.writes]),
+                **measure(
+                    slot.trainer.export(tokens=latest[slot.member.reads]),
+                    inputs[slot.member.reads],
+                    inputs[slot.member.writes],
+                ),
                 "dead_fraction": float(_dead(slot.trainer).mean()),
             }
             for slot in due

@@ -3,7 +3,7 @@
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,11 +113,11 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
             for step, batch in batches(job.schedule, block, length, first_step):
                 inputs = {name: view[batch].to(device, torch.float32) for name, view in views.items()}
                 pack.step(step, inputs)
-                del inputs
                 client.about |= {"step": step + 1, "trained_tokens": pack.tokens_trained}
                 client.keep_alive()
                 if step + 1 in job.rungs:
-                    _report_rung(job, client, pack, step + 1)
+                    _report_rung(job, client, pack, step + 1, inputs)
+                del inputs
                 pack.prune(client.stops, job.journal.write_run)
                 if step + 1 in save_after:
                     client.flush(PAUSE_SECONDS)
@@ -132,7 +132,9 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
     pack.finish(tails)
 
 
-def _report_rung(job: PackJob, client: StreamClient, pack: Pack, step: int) -> None:
+def _report_rung(
+    job: PackJob, client: StreamClient, pack: Pack, step: int, latest: Mapping[str, torch.Tensor]
+) -> None:
     """Measure the SAEs at a rung, for the driver to decide; training goes on meanwhile."""
     assert job.probe is not None
     client.flush(PAUSE_SECONDS)
@@ -142,7 +144,7 @@ def _report_rung(job: PackJob, client: StreamClient, pack: Pack, step: int) -> N
             raise SweepError(f"no model host has made the search activations within {PAUSE_SECONDS:.0f} s")
         time.sleep(0.5)
     inputs = {array: job.probe.load(job.storage, array) for array in job.hook_points}
-    for sae_id, figures in pack.measure(step, inputs).items():
+    for sae_id, figures in pack.measure(step, inputs, latest).items():
         record = {"step": step, "tokens": step * job.training.batch_tokens, **figures}
         job.storage.write_json(job.probe.rung_file(sae_id, step), record)
         client.emit({"kind": "rung", "sae_id": sae_id, **record})

@@ -160,7 +160,8 @@ def test_at_a_rung_every_sae_is_measured_as_it_would_be_used_and_no_weight_chang
         for step, batch in batches(SCHEDULE, block, 100, 0):
             if step < 4:
                 pack.step(step, {name: view[batch] for name, view in views.items()})
-    sae = next(slot.trainer for slot in pack._slots if slot.member.sae_id == "coder").export()
+                latest = torch.from_numpy(arrays(block)[READS])[batch]
+    sae = next(slot.trainer for slot in pack._slots if slot.member.sae_id == "coder").export(tokens=latest)
     x, target = (torch.from_numpy(arrays(99)[name]) for name in (READS, WRITES))
     f, x_hat = sae.reconstruct(x)
     unexplained = float((target - x_hat).square().sum() / (target - target.mean(0)).square().sum())
