@@ -7,11 +7,12 @@ less unexplained by a margin, when it explains nothing, or when it is dead; see 
 and Talwalkar, arXiv 1502.07943) stops a fixed share at a rung; a front has no ranking to take a share of, so here who
 stops is decided by dominance, and nobody need stop.
 
-Filling. Where two neighbours on the front lie far apart, up to the box between them is lost of the hypervolume: the
-largest boxes get one more SAE each; see `propose`.
+Filling. Where two neighbours on the front lie far apart, or the front ends inside the L0 band, hypervolume is lost: one
+more SAE each goes where most is to be won; see `propose`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,6 +23,7 @@ from penstock.sites import Site
 RUNGS = (16, 8, 4, 2)  # the parts of a run after which SAEs are compared
 DEAD_L0 = 0.1  # latents a token: an SAE below is dead
 DEAD_FRACTION = 0.99
+INSIDE = 1.1  # of the band's lower end: where an SAE is aimed that is to lie inside the band, if its L0 turns out lower
 
 
 def rung_steps(steps: int) -> tuple[int, ...]:
@@ -187,23 +189,24 @@ class Proposal:
 
 
 @dataclass(frozen=True)
+class _Node:
+    """A place on a front: an SAE's, or one that is proposed, with the CE recovered that is expected there."""
+
+    log_l0: float
+    ce_recovered: float
+    point: Point  # whose settings it has, but for the sparsity
+
+
+@dataclass(frozen=True)
 class _Gap:
-    """Between two L0s of a front; `lost` is at most what an SAE between them can add to the hypervolume."""
+    """A place for one more SAE: `gain` is what the hypervolume is expected to win, CE recovered being linear in log L0
+    between the neighbours and beyond them."""
 
-    low: float
-    high: float
-    ce_low: float
-    ce_high: float
-    left: Point
-    right: Point
-
-    @property
-    def lost(self) -> float:
-        return math.log(self.high / self.low) * (self.ce_high - self.ce_low)
-
-    @property
-    def middle(self) -> float:
-        return math.sqrt(self.low * self.high)
+    log_l0: float
+    ce_recovered: float
+    gain: float
+    neighbours: tuple[_Node, ...]
+    reason: str
 
 
 def propose(
@@ -214,36 +217,35 @@ def propose(
 ) -> list[Proposal]:
     """Up to `count` more SAEs, one after the other where the front has its widest gap at that time.
 
-    A front is that of a hook point and a width, inside the band. A gap is a box in (log L0, CE recovered) between two
-    neighbours of the front, or between its end and the band's, and the widest is the largest. The proposal stands in
-    the middle of the gap by log L0 and takes over the settings of the neighbour whose architecture is on the front more
-    often; one with a coefficient is given a `target_l0` in its place. What is `refused` (it is there already) leaves
-    its gap as it is.
+    A front is that of a hook point and a width, inside the band. A gap lies between two neighbours on it, or between
+    its end and the band's; the widest is the one from which the hypervolume (of log L0 and CE recovered) is expected to
+    win most. The proposal stands in the middle of the gap by log L0, below the front at the band's end, and takes over
+    the settings of the neighbour whose architecture is on the front more often; one with a coefficient is given a
+    `target_l0` in its place. What is `refused` (it is there already) leaves its gap as it is.
     """
-    gaps = [gap for front in _fronts(points, l0_band) for gap in _gaps(front, l0_band)]
-    counts = _counts(points, l0_band)
+    fronts = _fronts(points, l0_band)
+    counts = [Counter(node.point.settings["architecture"] for node in front) for front in fronts]
     found: list[Proposal] = []
-    while gaps and len(found) < count:
-        gap = max(gaps, key=lambda one: (one.lost, -one.low, one.left.sae_id))
-        gaps.remove(gap)
-        if gap.lost <= 0:
+    passed_over: set[tuple[int, float]] = set()
+    while len(found) < count:
+        gaps = [
+            (number, gap)
+            for number, front in enumerate(fronts)
+            for gap in _gaps(front, l0_band)
+            if gap.gain > 0 and (number, gap.log_l0) not in passed_over
+        ]
+        if not gaps:
             break
-        base = max((gap.right, gap.left), key=lambda point: counts[_kind(point)])
-        settings = with_l0(base.settings, gap.middle)
-        proposal = Proposal(
-            base.site,
-            settings,
-            f"the front at {base.site.label}, d_sae {settings['d_sae']}, has a gap between L0 {gap.low:.3g} and "
-            f"{gap.high:.3g}, with CE recovered from {gap.ce_low:.4f} to {gap.ce_high:.4f}",
-        )
-        if settings in [one.settings for one in found if one.site == base.site] or refused(proposal):
+        number, gap = max(gaps, key=lambda one: (one[1].gain, -one[0], -one[1].log_l0))
+        base = max(gap.neighbours, key=lambda node: counts[number][node.point.settings["architecture"]]).point
+        settings = with_l0(base.settings, math.exp(gap.log_l0))
+        proposal = Proposal(base.site, settings, f"{gap.reason} at {base.site.label}, d_sae {settings['d_sae']}")
+        if (base.site, settings) in [(one.site, one.settings) for one in found] or refused(proposal):
+            passed_over.add((number, gap.log_l0))
             continue
         found.append(proposal)
-        between = gap.ce_low + (gap.ce_high - gap.ce_low) / 2
-        gaps += [
-            _Gap(gap.low, gap.middle, gap.ce_low, between, gap.left, gap.right),
-            _Gap(gap.middle, gap.high, between, gap.ce_high, gap.left, gap.right),
-        ]
+        fronts[number].append(_Node(gap.log_l0, gap.ce_recovered, base))
+        fronts[number].sort(key=lambda node: node.log_l0)
     return found
 
 
@@ -255,46 +257,49 @@ def with_l0(settings: Mapping[str, Any], l0: float) -> dict[str, Any]:
     return {**kept, "target_l0": float(f"{l0:.3g}")}
 
 
-def _kind(point: Point) -> tuple[Any, ...]:
-    return (*_group(point), point.settings["architecture"])
-
-
-def _group(point: Point) -> tuple[Any, ...]:
-    return point.site.label, point.settings["d_sae"]
-
-
-def _fronts(points: Sequence[Point], l0_band: tuple[float, float] | None) -> list[list[Point]]:
-    """The points on the front of each hook point and width inside the band, by L0."""
+def _fronts(points: Sequence[Point], l0_band: tuple[float, float] | None) -> list[list[_Node]]:
+    """The front of each hook point and width inside the band, by L0."""
     low, high = l0_band or (0.0, math.inf)
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
-        if max(low, 1e-9) <= point.l0 <= high and point.ce_recovered > 0:
-            groups.setdefault(_group(point), []).append(point)
+        if low <= point.l0 <= high and point.l0 > 0 and point.ce_recovered > 0:
+            groups.setdefault((point.site.label, point.settings["d_sae"]), []).append(point)
     fronts = []
     for group in sorted(groups):
-        front: list[Point] = []
+        front: list[_Node] = []
         for point in sorted(groups[group], key=lambda one: (one.l0, -one.ce_recovered, one.sae_id)):
             if not front or point.ce_recovered > front[-1].ce_recovered:
-                front.append(point)
+                front.append(_Node(math.log(point.l0), point.ce_recovered, point))
         fronts.append(front)
     return fronts
 
 
-def _counts(points: Sequence[Point], l0_band: tuple[float, float] | None) -> dict[tuple[Any, ...], int]:
-    """How often an architecture stands on the front of a hook point and width."""
-    kinds: list[tuple[Any, ...]] = [_kind(point) for front in _fronts(points, l0_band) for point in front]
-    return {kind: kinds.count(kind) for kind in kinds}
-
-
-def _gaps(front: Sequence[Point], l0_band: tuple[float, float] | None) -> list[_Gap]:
-    gaps = [
-        _Gap(left.l0, right.l0, left.ce_recovered, right.ce_recovered, left, right)
-        for left, right in pairwise(front)
-    ]
+def _gaps(front: Sequence[_Node], l0_band: tuple[float, float] | None) -> list[_Gap]:
+    gaps = []
+    for left, right in pairwise(front):
+        # A front is a staircase: a step in the middle of another one wins a quarter of the box around it.
+        middle, ce = (left.log_l0 + right.log_l0) / 2, (left.ce_recovered + right.ce_recovered) / 2
+        gain = (right.log_l0 - middle) * (ce - left.ce_recovered)
+        reason = f"between L0 {math.exp(left.log_l0):.3g} and {math.exp(right.log_l0):.3g} of the front"
+        gaps.append(_Gap(middle, ce, gain, (right, left), reason))
     low, high = l0_band or (0.0, math.inf)
     first, last = front[0], front[-1]
-    if 0 < low < first.l0:
-        gaps.append(_Gap(low, first.l0, 0.0, first.ce_recovered, first, first))
-    if last.l0 < high < math.inf:
-        gaps.append(_Gap(last.l0, high, last.ce_recovered, 1.0, last, last))
+    if 0 < low < math.exp(first.log_l0):
+        at = math.log(min(low * INSIDE, math.exp(first.log_l0)))
+        ce = min(max(_extended(front[:2], at), 0.0), first.ce_recovered)
+        gaps.append(_Gap(at, ce, (first.log_l0 - at) * ce, (first,), f"at the band's lower end, L0 {low:g}"))
+    if math.exp(last.log_l0) < high < math.inf:
+        at = (last.log_l0 + math.log(high)) / 2
+        ce = min(_extended(front[-2:], at), 1.0)
+        reason = f"between the front's end, L0 {math.exp(last.log_l0):.3g}, and the band's, {high:g}"
+        gaps.append(_Gap(at, ce, (math.log(high) - at) * (ce - last.ce_recovered), (last,), reason))
     return gaps
+
+
+def _extended(nodes: Sequence[_Node], log_l0: float) -> float:
+    """CE recovered on the line through the first and the last of some nodes."""
+    first, last = nodes[0], nodes[-1]
+    if last.log_l0 == first.log_l0:
+        return first.ce_recovered
+    slope = (last.ce_recovered - first.ce_recovered) / (last.log_l0 - first.log_l0)
+    return first.ce_recovered + slope * (log_l0 - first.log_l0)

@@ -217,20 +217,22 @@ def point(l0: float, ce_recovered: float, settings: dict[str, object] | None = N
 def test_the_widest_gap_is_filled_first() -> None:
     points = [point(4, 0.80), point(8, 0.90), point(64, 0.98)]
     first, second = propose(points, None, 2)
-    # Between 4 and 8: log 2 * 0.1 = 0.069; between 8 and 64: log 8 * 0.08 = 0.166, and half of half of it then.
+    # Between 4 and 8: log 2 * 0.1 = 0.069; between 8 and 64: log 8 * 0.08 = 0.166, and a quarter of it then.
     assert first.settings["k"] == 23
     assert second.settings["k"] == 6
-    assert first.reason == (
-        f"the front at {HOOK}, d_sae 64, has a gap between L0 8 and 64, with CE recovered from 0.9000 to 0.9800"
-    )
+    assert first.reason == f"between L0 8 and 64 of the front at {HOOK}, d_sae 64"
 
 
 def test_a_band_opens_gaps_at_its_ends_and_leaves_out_what_lies_outside() -> None:
-    points = [point(2, 0.5), point(20, 0.97), point(500, 0.999)]
-    (low,) = propose(points, (5, 100), 1)
-    assert low.settings["k"] == 10  # between 5 and 20, where 0 to 0.97 may be lost
-    three = [proposal.settings["k"] for proposal in propose(points, (5, 100), 4)]
-    assert max(three) <= 100 and min(three) >= 5
+    points = [point(2, 0.5), point(20, 0.9), point(40, 0.95), point(500, 0.999)]
+    first, second = propose(points, (5, 100), 2)
+    assert first.settings["k"] == 6 and first.reason.startswith("at the band's lower end, L0 5 at ")
+    # Between 6 and 20, expected to rise from 0.807 to 0.9, is more to be won than beyond 40.
+    assert second.settings["k"] == 10
+    many = propose(points, (5, 100), 8)
+    assert all(5 <= proposal.settings["k"] <= 100 for proposal in many)
+    assert any(proposal.reason.startswith("between the front's end, L0 40, and the band's, 100") for proposal in many)
+    assert propose(points, (30, 40), 1)[0].settings["k"] == 33  # one SAE in the band: only its level is known
 
 
 def test_a_dominated_sae_lends_its_settings_to_nobody() -> None:
