@@ -160,3 +160,14 @@ def test_a_verdict_needs_a_difference_beyond_the_noise(monkeypatch):
     assert fronts.verdict((2, 0), (1, 0), (1.0, 0.9)) == "above"
     assert not fronts.holds(fronts.verdict((1, 0), (2, 0), (-1.0, 0.9)))
     assert not fronts.holds(fronts.verdict(None, (2, 0), None))
+
+
+def test_the_search_benchmark_prunes_fills_and_compares_hypervolumes(tmp_path):
+    _, figures = quick_run("search", tmp_path, versions=("penstock", "torch"))
+    volume = "hypervolume, blocks.1.hook_resid_post"
+    assert 0 < figures[f"{volume}, ours"]["value"] < 1 and 0 < figures[f"{volume}, opponent"]["value"] < 1
+    assert figures["SAEs stopped wrongly, of those stopped, opponent"]["value"] >= 1
+    # Six in the grid; every second of five and the one that learns nothing, and eight at most that are added.
+    assert figures["SAEs trained to the end, opponent"]["value"] == 6
+    assert 3 < figures["SAEs trained to the end, ours"]["value"] <= 12
+    assert figures["SAE-tokens, ours"]["value"] < (1 + figures["SAEs trained to the end, ours"]["value"]) * 0.006144
