@@ -63,7 +63,7 @@ QUICK = {
     "saes": [
         {"architecture": "standard", "d_sae": "2x", "l1_coefficient": [1, 8]},
         {"architecture": "topk", "d_sae": "2x", "k": [4, 8, 32]},
-        {"architecture": "topk", "d_sae": "2x", "k": 33, "lr": 1e-6},  # learns nothing, and is stopped
+        {"architecture": "topk", "d_sae": "2x", "k": [33], "lr": 1e-6},  # learns nothing, and is stopped
     ],
 }
 
