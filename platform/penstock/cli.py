@@ -109,6 +109,26 @@ def _parser() -> argparse.ArgumentParser:
     _add_band(front, "only SAEs with an L0 in this band, and the front among them")
     front.add_argument("--json", action="store_true", help="print a list with one object an SAE")
 
+    evaluate = command("evaluate", _evaluate, "evaluate a sweep's SAEs by another protocol, or any SAE folders")
+    evaluate.add_argument(
+        "what", metavar="WHAT", nargs="+", help="a sweep's name or id; or folders of SAEs, one or more"
+    )
+    evaluate.add_argument("--dataset", metavar="D", help="on documents of this dataset (demo, a path, a hub name)")
+    evaluate.add_argument("--text-column", metavar="C", help="its column of texts, where it is not `text`")
+    evaluate.add_argument("--tokens", metavar="N", type=_tokens, help="on so many tokens of its report split (50k, 1M)")
+    evaluate.add_argument("--context", metavar="N", type=_count, help="in rows of so many tokens")
+    evaluate.add_argument(
+        "--ablation", choices=("zero", "mean"), help="CE recovered is against activations of 0, or against their mean"
+    )
+    evaluate.add_argument("--address", metavar="A", help="a sweep: a running Ray cluster; a local Ray unless given")
+    evaluate.add_argument("--model", metavar="M", help="folders: this model, and not what their cfg.json says")
+    evaluate.add_argument(
+        "--processing", choices=("none", "fold_ln", "center", "fold_ln_center"), help="folders: of the model's weights"
+    )
+    evaluate.add_argument("--hook-point", metavar="H", help="folders: at this one (READS -> WRITES for transcoders)")
+    evaluate.add_argument("--beside", metavar="SWEEP", help="folders: by this sweep's protocol, on one front with it")
+    evaluate.add_argument("--json", action="store_true", help="print one object: the protocol, SAEs and baselines")
+
     pull = command("pull", _pull, "fetch the SAE with the highest CE recovered at a hook point, or one by its id")
     pull.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
     which = pull.add_mutually_exclusive_group(required=True)
@@ -167,6 +187,18 @@ def _count(text: str) -> int:
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"accepted is a whole number of 1 or more, not {text!r}")
+
+
+def _tokens(text: str) -> int:
+    from penstock.spec import parse_count
+
+    try:
+        count = parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(count, int) or count < 1:
+        raise argparse.ArgumentTypeError(f"accepted is a number of tokens of 1 or more, like 50k, not {text!r}")
+    return count
 
 
 def _amount(text: str) -> float:
@@ -271,6 +303,46 @@ def _front(arguments: argparse.Namespace, home: Home) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.evaluate import Asked, evaluate_sweep
+
+    home.check_writable()
+    names = arguments.what
+    if is_folders := len(names) > 1 or _is_sae_folder(names[0]):
+        _refuse(arguments, "folders of SAEs", "a sweep", ["address"])
+        if arguments.beside is not None:
+            others = ["dataset", "text_column", "tokens", "context", "ablation", "model", "processing"]
+            _refuse(arguments, "--beside, which takes the sweep's protocol", "what stands alone", others)
+    else:
+        only = ["model", "processing", "hook_point", "beside"]
+        _refuse(arguments, f"sweep {names[0]!r}", "folders of SAEs", only)
+    asked = Asked(arguments.dataset, arguments.text_column, arguments.tokens, arguments.context, arguments.ablation)
+    if is_folders:
+        from penstock.sae_folders import evaluate_folders
+
+        found = evaluate_folders(
+            home, names, asked, model=arguments.model, processing=arguments.processing,
+            hook_point=arguments.hook_point, beside=arguments.beside,
+        )  # fmt: skip
+    else:
+        home.check_tracking()
+        _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+        found = evaluate_sweep(home, names[0], asked, arguments.address)
+    print(found.as_json() if arguments.json else found.as_text())
+    return 0
+
+
+def _is_sae_folder(name: str) -> bool:
+    """Whether a path is meant, and not a sweep's name."""
+    return "/" in name or name in (".", "..") or (Path(name) / "cfg.json").exists()
+
+
+def _refuse(arguments: argparse.Namespace, here: str, there: str, options: Sequence[str]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(arguments, name) is not None]
+    if given:
+        raise SweepError(f"{', '.join(given)} cannot be given for {here}; accepted: for {there}")
+
+
 def _pull(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.pareto import key_of, kind_of
     from penstock.pull import PROVENANCE, pull
@@ -294,7 +366,7 @@ def _pull(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def _report(arguments: argparse.Namespace, home: Home) -> int:
-    from penstock_dashboards.pareto import report
+    from penstock_dashboards.report import report
 
     home.check_tracking()
     print(report(home, arguments.sweep, Path(arguments.to)))

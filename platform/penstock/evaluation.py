@@ -90,12 +90,16 @@ class Evaluation:
         """The sums of every row, of all subjects that have been evaluated: `sae`, `hook_point` (the site's label),
         `row`, `document` and `sae_core.evaluation.ROW_SUMS`."""
         frames = [
-            pd.read_parquet(io.BytesIO(self.storage.read(_rows_file(self.protocol_id, subject, site))))
+            self._read_rows(subject, site)
             for site, subjects in self.subjects.items()
             for subject in subjects
             if self._is_done(subject, site)
         ]
         return pd.concat(frames, ignore_index=True) if frames else _no_rows()
+
+    def _read_rows(self, subject: Subject, site: Site) -> pd.DataFrame:
+        rows = pd.read_parquet(io.BytesIO(self.storage.read(_rows_file(self.protocol_id, subject, site))))
+        return rows.assign(sae=subject.name)  # the same folder may have had another name
 
     def _is_done(self, subject: Subject, site: Site) -> bool:
         return self.storage.exists(_figures_file(self.protocol_id, subject, site))

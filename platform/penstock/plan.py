@@ -185,14 +185,14 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
     absolute. Raises a `UserError` that begins with the file and the line."""
     spec = load_spec(spec_path)
     model, data = spec.model, spec.data
-    model = model.model_copy(update={"name": _absolute(model.name)})
+    model = model.model_copy(update={"name": absolute(model.name)})
     if data.mixture is not None:
-        entries = [source.model_copy(update={"dataset": _absolute(source.dataset)}) for source in data.mixture]
+        entries = [source.model_copy(update={"dataset": absolute(source.dataset)}) for source in data.mixture]
         data = data.model_copy(update={"mixture": entries})
     else:
-        data = data.model_copy(update={"dataset": _absolute(data.dataset)})
+        data = data.model_copy(update={"dataset": absolute(data.dataset)})
     if data.activations is not None:
-        data = data.model_copy(update={"activations": _absolute(data.activations)})
+        data = data.model_copy(update={"activations": absolute(data.activations)})
     if data.spool not in (None, "off") and "://" not in data.spool:
         data = data.model_copy(update={"spool": os.path.abspath(os.path.expanduser(data.spool))})
     spec = spec.model_copy(update={"model": model, "data": data})
@@ -213,7 +213,7 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
     return spec, description
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A path that is there as other working directories read it; any other name, `demo` too, as it is."""
     if name == "demo":
         return name

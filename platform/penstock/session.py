@@ -27,8 +27,8 @@ def this_machine() -> Cluster:
 
 
 class Session:
-    """A spec (a file's path, or one that has been read), and the cluster it runs on. `sweep` and `slots` (packs that run
-    at once) are there once `join` is done."""
+    """A spec (a file's path, or one that has been read), and the cluster it runs on. `sweep` and `slots` (how many
+    packs run at once) are there once `join` is done."""
 
     sweep: ResolvedSweep
     slots: int
