@@ -9,6 +9,8 @@ import os
 import sys
 import tempfile
 import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,12 @@ import pandas as pd
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
 from penstock.pareto import Band, by_hook_point, find_sae, in_band, key_of, mark_front, resolve_hook_point, select
+from penstock.registry import fetch_version, find_version, is_model_uri
 from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep, sweep_table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sae_core import SAE
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
@@ -56,11 +61,11 @@ def load_sae(
     home: str | Home | None = None,
 ) -> "SAE":
     """The SAE with the highest CE recovered at a hook point, or the one named (see `pull`), ready to `encode` and
-    `decode`."""
-    where = _home(home)
-    _, row = _pick(where, sweep, hook_point, sae, architecture, l0)
+    `decode`. In place of a sweep, a registered model's address names one, too: `models:/NAME@best`, `models:/NAME/3`.
+    """
+    choice = _choose(_home(home), sweep, hook_point, sae, architecture, l0)
     with tempfile.TemporaryDirectory() as folder:
-        return _fetch(where, row, Path(folder))[1]
+        return choice.fetch(Path(folder))[1]
 
 
 def pull(
@@ -77,27 +82,28 @@ def pull(
     return that folder.
 
     `sae` is an id or the beginning of one, `ID[WIDTH]` for a prefix. `l0` is the band to pick from, the spec's unless
-    given. The folder holds cfg.json, sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load`
-    and, for architectures it has, `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled
-    there earlier is replaced; a folder with anything else in it is refused. Raises `SweepError`.
+    given. `sweep` may also be a registered model's address, alone: `models:/NAME@best`. The folder holds cfg.json,
+    sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load` and, for architectures it has,
+    `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled there earlier is replaced; a
+    folder with anything else in it is refused. Raises `SweepError`.
     """
     folder = Path(to)
     if not str(to):
         raise SweepError("cannot pull to '': name a folder")
     _check_target(folder)
     where = _home(home)
-    runs, row = _pick(where, sweep, hook_point, sae, architecture, l0)
+    choice = _choose(where, sweep, hook_point, sae, architecture, l0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"cannot pull to {str(folder)!r}: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as temporary:
-        fetched, _ = _fetch(where, row, Path(temporary))
+        fetched, _ = choice.fetch(Path(temporary))
         # The provenance first, so that the folder is known as ours, and cfg.json last, without which none loads: an
         # interrupted pull can be repeated, and never leaves one SAE's configuration beside another's weights.
         (folder / CONFIG).unlink(missing_ok=True)
-        (folder / PROVENANCE).write_text(json.dumps(_provenance(runs, row), indent=1) + "\n", encoding="utf-8")
-        names = {path.name for path in fetched.iterdir()}
+        (folder / PROVENANCE).write_text(json.dumps(choice.provenance, indent=1) + "\n", encoding="utf-8")
+        names = {path.name for path in fetched.iterdir()} & (_OURS - {PROVENANCE})
         for stale in _OURS - names - {PROVENANCE}:
             (folder / stale).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == CONFIG):
@@ -111,9 +117,21 @@ def _home(home: str | Home | None) -> Home:
     return where
 
 
-def _pick(
+@dataclass(frozen=True)
+class _Choice:
+    """An SAE that was asked for. `fetch` puts its checkpoint below a folder and gives (where it lies, the SAE)."""
+
+    fetch: Callable[[Path], tuple[Path, "SAE"]]
+    provenance: Mapping[str, Any]
+
+
+def _choose(
     home: Home, sweep: str, hook_point: str | None, sae: str | None, architecture: str | None, l0: Band | None
-) -> tuple[SweepRuns, pd.Series]:
+) -> _Choice:
+    if is_model_uri(sweep):
+        if not (hook_point is sae is architecture is l0 is None):
+            raise SweepError(f"model {sweep!r} is one SAE: hook_point, sae, architecture and l0 go with a sweep's name")
+        return _choose_registered(home, sweep)
     if (hook_point is None) == (sae is None) or (sae is not None and (architecture is not None or l0 is not None)):
         raise SweepError(
             f"hook_point {hook_point!r}, sae {sae!r}: accepted is a hook point to pick from (architecture and l0 "
@@ -122,33 +140,53 @@ def _pick(
     runs = find_sweep(home, sweep)
     table = sweep_table(home, runs)
     if sae is None:
-        return runs, select(table, str(hook_point), architecture, l0 or runs.l0_band, runs.evaluation_rows())
-    row = find_sae(table, sae)
-    if row["status"] != "finished":
-        raise SweepError(f"SAE {key_of(row)} is {row['status']}: only what is finished can be fetched")
-    return runs, row
+        row = select(table, str(hook_point), architecture, l0 or runs.l0_band, runs.evaluation_rows())
+    else:
+        row = find_sae(table, sae)
+        if row["status"] != "finished":
+            raise SweepError(f"SAE {key_of(row)} is {row['status']}: only what is finished can be fetched")
+    return _Choice(lambda to: fetch_checkpoint(home, row, to), _provenance(runs, row))
 
 
-def _fetch(home: Home, row: pd.Series, to: Path) -> tuple[Path, "SAE"]:
-    """The checkpoint's folder below `to`, and the SAE in it. Raises `CheckpointError` for one that does not load."""
-    from sae_core import SAE
-    from sae_core.checkpoint import load_sparsity
+def _choose_registered(home: Home, uri: str) -> _Choice:
+    version = find_version(home, uri)
+    about = f"model {version.name} version {version.version}"
 
-    about = f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']})"
+    def fetch(to: Path) -> tuple[Path, "SAE"]:
+        folder = fetch_version(home, version, to)
+        return folder, _load(folder, about)[0]
+
+    figures = {name: value for name, value in version.tags.items() if not name.startswith("mlflow.")}
+    leading = {"model": uri, "name": version.name, "version": int(version.version), "run_id": version.run_id}
+    return _Choice(fetch, leading | figures)
+
+
+def fetch_checkpoint(home: Home, row: pd.Series, to: Path) -> tuple[Path, "SAE"]:
+    """The checkpoint's folder below `to`, and the SAE in it, of a row of `tracking.sweep_table`; a prefix's is cut off.
+
+    Raises `CheckpointError` for one that does not load.
+    """
     folder = fetch_artifact(home, row["run_id"], SAE_FOLDER, to)
-    missing = [name for name in (CONFIG, WEIGHTS) if folder is None or not (folder / name).is_file()]
-    if folder is None or missing:
-        raise CheckpointError(f"{about} lacks {', '.join(missing)}")
-    try:
-        sae, sparsity = SAE.load(folder), load_sparsity(folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{about} is damaged: {error}") from None
+    sae, sparsity = _load(folder, f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']})")
     if pd.isna(row["prefix"]):
-        return folder, sae
+        return Path(str(folder)), sae
     width = int(row["prefix"])
     sae, of_prefix = sae.prefix(width), to / f"{SAE_FOLDER}-{width}"
     sae.save(of_prefix, sparsity=None if sparsity is None else sparsity[:width])
     return of_prefix, sae
+
+
+def _load(folder: Path | None, about: str) -> "tuple[SAE, Tensor | None]":
+    from sae_core import SAE
+    from sae_core.checkpoint import load_sparsity
+
+    missing = [name for name in (CONFIG, WEIGHTS) if folder is None or not (folder / name).is_file()]
+    if folder is None or missing:
+        raise CheckpointError(f"{about} lacks {', '.join(missing)}")
+    try:
+        return SAE.load(folder), load_sparsity(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{about} is damaged: {error}") from None
 
 
 def _check_target(folder: Path) -> None:

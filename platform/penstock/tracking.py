@@ -22,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +55,13 @@ ROWS_FILE, DETAILS_FILE = "evaluation.parquet", "details.json"
 FIGURES = ["l0", "ce_recovered", "kl_recovered", "explained_variance", "dead_fraction", "ce_increase"]
 VERDICTS = ["missed", "remedy"]  # an SAE's targets, in words
 
+SPARSITY_SETTINGS = ("target_l0", "k", "l1_coefficient", "l0_coefficient")  # the first that is set fixes the L0
+NOT_APPLICABLE = ("", "n/a")  # of a number and of a text
+_FOR_PLOTS = {"sparsity", "sparsity_by"}  # parameters that repeat others under one name
 _RUN_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED",
                "pruned": "KILLED"}  # fmt: skip
 _SETTLED = ("finished", "diverged", "pruned")  # training again in this sweep would give the same
+_FOR_THE_UI = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on pages for chat applications
 _BATCH_METRICS, _BATCH_PARAMS, _TAG_CHARACTERS, _PARAM_CHARACTERS = 1000, 100, 4000, 5000  # MLflow's limits
 
 
@@ -80,6 +84,12 @@ class TrackedSAE:
         kind = self.baseline or str(self.params.get("architecture", "sae"))
         return f"{' '.join([kind, *settings])} · {self.hook_point}"
 
+    @property
+    def sparsity(self) -> dict[str, Any]:
+        """What sets the SAE's L0, under names that every architecture has: a plot of runs needs one axis for all."""
+        name = next((name for name in SPARSITY_SETTINGS if self.params.get(name) is not None), None)
+        return {} if name is None else {"sparsity": self.params[name], "sparsity_by": name}
+
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
@@ -91,8 +101,9 @@ class Tracker:
         self._home, self._name, self._sweep_id = home, name, sweep_id
         self._client: MlflowClient
         self._experiment_id, self._parent = "", ""
-        self._saes: dict[str, TrackedSAE] = {}  # by sae_id, as the next five
+        self._saes: dict[str, TrackedSAE] = {}  # by sae_id, as the next six
         self._runs: dict[str, str] = {}
+        self._params: dict[str, set[str]] = {}
         self._marks: dict[str, int] = {}
         self._statuses: dict[str, str] = {}
         self._on_front: dict[str, tuple[bool, bool]] = {}
@@ -104,9 +115,9 @@ class Tracker:
         A parameter keeps the first value it was given, as MLflow demands; `spec.yaml` is always the latest. SAEs that
         finished or diverged stay ended; the others wait as `queued`. Raises `SweepError` when MLflow cannot be used.
         """
-        with _reported(self._home):
+        with reported(self._home):
             _ensure_database(self._home)
-            self._client = _connect(self._home)
+            self._client = connect(self._home)
             self._experiment_id = experiment = self._experiment()
             tags = {
                 KIND: "sweep", SWEEP_ID: self._sweep_id, RUN_NAME: f"{self._name} {self._sweep_id[:8]}",
@@ -121,7 +132,7 @@ class Tracker:
 
     def add(self, saes: Sequence[TrackedSAE]) -> None:
         """Runs for further SAEs of the open sweep, those that search proposes. Known ones are left as they are."""
-        with _reported(self._home):
+        with reported(self._home):
             self._open_children([sae for sae in saes if sae.sae_id not in self._runs])
             self._write(self._parent, tags={SAE_COUNT: _candidates(self._saes.values())})
 
@@ -131,7 +142,7 @@ class Tracker:
         experiment = self._client.get_experiment_by_name(self._name)
         if experiment is None:
             try:
-                return self._client.create_experiment(self._name, self._home.artifact_location)
+                return self._client.create_experiment(self._name, self._home.artifact_location, dict(_FOR_THE_UI))
             except MlflowException:  # another driver was quicker
                 experiment = self._client.get_experiment_by_name(self._name)
                 if experiment is None:
@@ -160,6 +171,21 @@ class Tracker:
                 self._take_over(sae, found[sae.sae_id])
             else:
                 self._create_child(sae)
+        self._write_params()
+
+    def _write_params(self) -> None:
+        """Each SAE's own settings, and what plots of many runs need beside them: MLflow's parallel coordinates leave
+        out a run that lacks one of their parameters, so that every axis of the sweep stands in every run. A number that
+        an architecture does not have is empty, which those plots draw at 0: with a word among them they would take the
+        axis for one of names, and leave out the minority."""
+        axes = sweep_axes([sae.params for sae in self._saes.values() if sae.baseline is None])
+        for sae_id, sae in self._saes.items():
+            lacking = {name: absent for name, absent in axes.items() if sae.params.get(name) is None}
+            params = {"hook_point": sae.hook_point, **sae.params, **sae.sparsity, **lacking, "proposed": sae.proposed}
+            new = _new_params(params, self._params[sae_id])
+            if new:
+                self._write(self._runs[sae_id], params=new)
+                self._params[sae_id] |= new.keys()
 
     def _children(self) -> Iterator["Run"]:
         for run in _search(self._client, [self._experiment_id], {PARENT: self._parent}):
@@ -184,7 +210,7 @@ class Tracker:
         if sae.proposed is not None:
             tags["proposed"] = str(sae.proposed)
         run_id = self._client.create_run(self._experiment_id, tags=tags).info.run_id
-        self._write(run_id, params=_new_params({"hook_point": sae.hook_point, **sae.params}, {}))
+        self._params[sae.sae_id] = set()
         self._remember(sae.sae_id, run_id, mark=-1, status="queued", on_front=(False, False))
 
     def _take_over(self, sae: TrackedSAE, run: "Run") -> None:
@@ -201,6 +227,7 @@ class Tracker:
                 self._client.set_tag(run_id, "status", status)
         elif run.info.status != _RUN_STATUS[status]:
             self._client.set_terminated(run_id, _RUN_STATUS[status])
+        self._params[sae.sae_id] = set(run.data.params)
         front = tags.get("on_front") == "true", tags.get("on_overall_front") == "true"
         self._remember(sae.sae_id, run_id, mark=mark, status=status, on_front=front)
         if status in _SETTLED:
@@ -358,7 +385,18 @@ class Tracker:
             self._client.log_batch(run_id, metrics=list(metrics), params=last, tags=labels)
 
 
-def _new_params(params: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+def sweep_axes(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The settings that differ among the SAEs that have them, and what stands for each in the others' runs."""
+    values: dict[str, list[Any]] = {}
+    for params in settings:
+        for name, value in params.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: NOT_APPLICABLE[not all(isinstance(value, (int, float)) for value in found)]
+            for name, found in values.items() if len(set(map(str, found))) > 1}  # fmt: skip
+
+
+def _new_params(params: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
     return {key: str(value)[:_PARAM_CHARACTERS] for key, value in params.items()
             if value is not None and key not in known}  # fmt: skip
 
@@ -401,8 +439,8 @@ class SweepRuns:
 
     def children(self) -> list["Run"]:
         """The runs of its SAEs and trained baselines, in the order they were created."""
-        with _reported(self.home):
-            found = _search(_connect(self.home), [self.experiment_id], {PARENT: self.run_id})
+        with reported(self.home):
+            found = _search(connect(self.home), [self.experiment_id], {PARENT: self.run_id})
             return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
     def artifact(self, name: str) -> Path | None:
@@ -437,11 +475,11 @@ def find_sweep(home: Home, sweep: str) -> SweepRuns:
         return named[0]
     names = list(dict.fromkeys(runs.name for runs in sweeps))
     if not names:
-        raise SweepError(f"no sweep {sweep!r}: {_place(home)} holds none yet; `penstock run SPEC` makes one")
+        raise SweepError(f"no sweep {sweep!r}: {place(home)} holds none yet; `penstock run SPEC` makes one")
     near = difflib.get_close_matches(sweep, names, n=len(names), cutoff=0.4)
     ordered = [*near, *(name for name in names if name not in near)]
     shown = ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")
-    raise SweepError(f"no sweep {sweep!r} in {_place(home)}; there is {shown} (or give a sweep's id)")
+    raise SweepError(f"no sweep {sweep!r} in {place(home)}; there is {shown} (or give a sweep's id)")
 
 
 def list_sweeps(home: Home) -> pd.DataFrame:
@@ -472,14 +510,12 @@ def sweep_table(home: Home, sweep: str | SweepRuns, *, with_baselines: bool = Fa
             table[column] = pd.Series(index=table.index, dtype=float if column in numbers else object)
     table = table.astype({"prefix": float, "proposed": float})
     is_candidate = table["baseline"].isna()
-    rows_of_sweep = runs.evaluation_rows()
-    marked = mark_front(table[is_candidate], runs.l0_band, *([] if rows_of_sweep is None else [rows_of_sweep]))
+    marked = mark_front(table[is_candidate], runs.l0_band, runs.evaluation_rows())
     for flag in ("on_front", "on_overall_front", "certain"):
         table[flag] = False
-        table.loc[is_candidate, flag] = marked[flag].to_numpy() if flag in marked else False
+        table.loc[is_candidate, flag] = marked[flag].to_numpy()
     table["dominated_by"] = pd.Series(index=table.index, dtype=object)
-    if "dominated_by" in marked:
-        table.loc[is_candidate, "dominated_by"] = marked["dominated_by"].to_numpy()
+    table.loc[is_candidate, "dominated_by"] = marked["dominated_by"].to_numpy()
     trailing = ["on_front", "on_overall_front", "dominated_by", "certain", *VERDICTS, "status", "reason", "proposed",
                 *(["baseline"] if with_baselines else []), "run_id"]  # fmt: skip
     final = {name for row in rows for name in row["final"]} | {"seed_stability"}
@@ -512,8 +548,8 @@ def fetch_artifact(home: Home, run_id: str, name: str, to: Path | None = None) -
     """
     from mlflow.exceptions import MlflowException
 
-    with _reported(home):
-        client = _connect(home)
+    with reported(home):
+        client = connect(home)
         if name not in [item.path for item in client.list_artifacts(run_id)]:
             return None
         try:
@@ -523,9 +559,9 @@ def fetch_artifact(home: Home, run_id: str, name: str, to: Path | None = None) -
 
 
 def _all_sweeps(home: Home) -> list[SweepRuns]:
-    with _reported(home):
-        client = _connect(home)
-        experiments = {item.experiment_id: item.name for item in _pages(client.search_experiments)}
+    with reported(home):
+        client = connect(home)
+        experiments = {item.experiment_id: item.name for item in pages(client.search_experiments)}
         found = sorted(_search(client, list(experiments), {KIND: "sweep"}), key=_opened_at, reverse=True)
         return [_sweep_runs(home, run, experiments[run.info.experiment_id]) for run in found]
 
@@ -560,7 +596,8 @@ def _rows(run: "Run") -> Iterator[dict[str, Any]]:
     for width in sorted(final, key=lambda width: width or 0):
         prefix = {"prefix": width}
         yield {
-            **{key: _typed(value) for key, value in run.data.params.items()},
+            **{key: _typed(value) for key, value in run.data.params.items()
+               if key not in _FOR_PLOTS and value not in NOT_APPLICABLE},
             **final[width],
             **{key: tags.get(key) for key in ("sae_id", "hook_point", "architecture", "status", "reason", "baseline")},
             **{key: tags.get(f"{_prefix_text(prefix)}{key}") for key in VERDICTS},
@@ -603,18 +640,19 @@ def has_database(home: Home) -> bool:
     return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
-def _place(home: Home) -> str:
+def place(home: Home) -> str:
     return str(home.path) if home.artifact_location else home.tracking_uri
 
 
-def _connect(home: Home) -> "MlflowClient":
+def connect(home: Home) -> "MlflowClient":
     """A client, made without creating anything. Raises `SweepError` where there is no database yet."""
     if not has_database(home):
-        raise SweepError(f"{_place(home)} holds no sweeps yet; `penstock run SPEC` makes one, --home looks elsewhere")
+        raise SweepError(f"{place(home)} holds no sweeps yet; `penstock run SPEC` makes one, --home looks elsewhere")
     _quiet_mlflow()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=home.tracking_uri)
+    registry = os.environ.get("MLFLOW_REGISTRY_URI") or home.tracking_uri
+    return MlflowClient(tracking_uri=home.tracking_uri, registry_uri=registry)
 
 
 def _quiet_mlflow() -> None:
@@ -629,7 +667,7 @@ def _quiet_mlflow() -> None:
 
 
 @contextlib.contextmanager
-def _reported(home: Home) -> Iterator[None]:
+def reported(home: Home) -> Iterator[None]:
     """MLflow's own complaints as one line for the user."""
     _quiet_mlflow()
     from mlflow.exceptions import MlflowException
@@ -689,10 +727,10 @@ def _search(client: "MlflowClient", experiments: Sequence[str], tags: Mapping[st
     if not experiments:
         return iter(())
     condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    return _pages(client.search_runs, list(experiments), filter_string=condition)
+    return pages(client.search_runs, list(experiments), filter_string=condition)
 
 
-def _pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+def pages(search: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
     page = search(*arguments, **options)
     yield from page
     while page.token:

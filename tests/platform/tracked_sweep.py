@@ -44,7 +44,7 @@ def write_sae(folder: Path, hook_point: str) -> SAE:
 def figures(l0: float, ce_recovered: float) -> dict[str, float]:
     return {
         "l0": l0, "ce_recovered": ce_recovered, "kl_recovered": ce_recovered - 0.01, "explained_variance": 0.7,
-        "dead_fraction": 0.25, "mse": 1.5,
+        "dead_fraction": 0.25, "mse": 1.5, "ce_increase": 4 * (1 - ce_recovered),
     }  # fmt: skip
 
 
@@ -77,5 +77,54 @@ def make_sweep(home: Home, folder: Path, name: str = "demo", sweep_id: str = "01
     tracker.finish_sweep(
         status="finished", front=sweep_table(home, name), baselines=baselines, files=[plot],
         cost={"seconds_total": 12.5, "sae_tokens_per_second": 4096.0},
+    )  # fmt: skip
+    return tracker
+
+
+TRANSCODER = f"{EARLY} -> {LATE}"
+MIXED_SPEC = "name: mixed\nselect: {l0_band: [2.0, 100.0]}\n"
+
+
+def mixed_saes() -> list[tuple[TrackedSAE, float, float]]:
+    """SAEs of several architectures at three sites, with the L0 and the CE recovered of each."""
+    saes = []
+    for site, ceiling in ((EARLY, 0.99), (LATE, 0.95), (TRANSCODER, 0.9)):
+        for architecture, name, values in (
+            ("topk", "k", (4, 8, 16, 32)), ("standard", "l1_coefficient", (1.0, 2.0, 4.0)),
+            ("jumprelu", "target_l0", (8, 16, 32)),
+        ):  # fmt: skip
+            for value in values:
+                l0 = 64.0 / value if name == "l1_coefficient" else value * (1.0 if name == "k" else 1.03)
+                shift = {"topk": 0.0, "standard": 0.12, "jumprelu": 0.02}[architecture]
+                params = {"architecture": architecture, "d_sae": 6, name: value, "lr": 4e-4, "seed": 0}
+                sae_id = f"{architecture[:2]}{value:g}-{len(saes):02d}".replace(".", "")
+                saes.append((TrackedSAE(sae_id, site, params), l0, ceiling - shift - 0.8 / (l0 + 1)))
+    return saes
+
+
+def make_mixed_sweep(home: Home, folder: Path, name: str = "mixed", sweep_id: str = "ab0123456789") -> Tracker:
+    """A finished sweep with what a user meets: several architectures, a transcoder, one that failed, one pruned."""
+    tracker = Tracker(home, name, sweep_id)
+    saes = mixed_saes()
+    params = {"model": "demo", "dataset": "demo", "train_tokens": 1024, "protocol": "fedcba9876543210"}
+    tracker.open(MIXED_SPEC, params, [sae for sae, *_ in saes])
+    for index, (sae, l0, recovered) in enumerate(saes):
+        rows = [{"tokens": at, "metrics": {"loss": 900 / at + 30 / l0, "l0": l0 * 1.1}} for at in range(64, 1025, 64)]
+        tracker.log_rows(sae.sae_id, rows)
+        if index in (3, 9):
+            status, reason = [("pruned", "dominated at 512 tokens by to8-01"), ("diverged", "loss was nan")][index == 9]
+            tracker.finish_sae(sae.sae_id, status=status, metrics={}, folder=None, reason=reason)
+            continue
+        write_sae(folder / sae.sae_id, sae.hook_point)
+        figures_of = figures(l0, recovered) | {"ce_increase": 2.2 * (1 - recovered), "ce_increase_low": 0.02,
+                     "ce_increase_high": 0.9, "l0_low": l0 * 0.96, "l0_high": l0 * 1.05,
+                     "ce_recovered_low": recovered - 0.01, "ce_recovered_high": recovered + 0.01}  # fmt: skip
+        tracker.finish_sae(sae.sae_id, status="finished", metrics=figures_of, folder=folder / sae.sae_id)
+    table = sweep_table(home, name)
+    table["missed"] = ["" if record["l0"] > 5 else "l0 4 < 5" for record in table.to_dict("records")]
+    table["remedy"] = ["" if not missed else "a larger k" for missed in table["missed"]]
+    tracker.finish_sweep(
+        status="finished", front=table, baselines=pd.DataFrame(columns=["kind", "hook_point"]), files=[],
+        cost={"seconds_total": 12.5},
     )  # fmt: skip
     return tracker
