@@ -84,6 +84,24 @@ def match(a: Tensor, b: Tensor) -> tuple[Matching, Matching]:
 
 
 @torch.no_grad()
+def found_again(a: Tensor, b: Tensor, threshold: float = THRESHOLD, most: int | None = None) -> Tensor:
+    """`match(a, b)[0].found(threshold)`, or of `most` rows of a, spread evenly, where it has more: [n] bool. The sample
+    is of the latents that are asked about; their counterparts are still sought among all."""
+    if most is None or len(a) <= most:
+        return match(a, b)[0].found(threshold)
+    asked = torch.linspace(0, len(a) - 1, most).round().long()
+    nearest, cosine = _nearest(a[asked], b)
+    back, _ = _nearest(b[nearest], a)
+    return (back == asked) & (cosine > threshold)
+
+
+def _nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of a the row of b with the greatest cosine, and that cosine: [n_a] each."""
+    tiles = [(tile @ b.T).max(dim=1) for tile in a.split(max(1, _TILE // len(b)))]
+    return torch.cat([tile.indices for tile in tiles]), torch.cat([tile.values for tile in tiles])
+
+
+@torch.no_grad()
 def hungarian(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(latents of a, their counterparts in b, cosines), min(n_a, n_b) each: the pairs, one to one, whose cosines have
     the greatest sum (Kuhn, The Hungarian method for the assignment problem, 1955; scipy's is Jonker and Volgenant's).

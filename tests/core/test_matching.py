@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_core import ConfigError, matching
-from sae_core.matching import directions, hungarian, live, match
+from sae_core.matching import directions, found_again, hungarian, live, match
 
 
 def random_directions(n, d, seed=0):
@@ -70,6 +70,16 @@ def test_tiles_change_nothing(monkeypatch):
     for one, other in zip(whole, match(a, b), strict=True):
         assert torch.equal(one.nearest, other.nearest) and torch.equal(one.mutual, other.mutual)
         assert torch.allclose(one.cosine, other.cosine)
+
+
+def test_a_sample_is_a_part_of_the_whole_answer():
+    a = random_directions(500, 32)
+    b = torch.cat([directions(a[:250] + 0.1 * random_directions(250, 32, seed=2)), random_directions(250, 32, seed=1)])
+    whole = found_again(a, b)
+    assert 0.4 < float(whole.float().mean()) < 0.55
+    asked = torch.linspace(0, 499, 50).round().long()
+    assert torch.equal(found_again(a, b, most=50), whole[asked])
+    assert torch.equal(found_again(a, b, most=500), whole)
 
 
 def test_a_row_of_zeros_is_like_nothing():
