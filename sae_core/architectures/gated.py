@@ -12,31 +12,49 @@ The paper keeps decoder rows at unit norm. Here their norm stands in the penalty
 term: otherwise the penalty would shrink the rows with nothing to hold them, as the gate sees a frozen decoder.
 """
 
+from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from sae_core.control import TOKENS_AT_ONCE, L0Controller, calibrated_bias, check_coefficient, settled_after
 from sae_core.dead import accumulate_revival
 from sae_core.kernels import Above, encode
-from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
+from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
 from sae_core.settings import SAESettings
 
+# Of `target_l0`, see control.py.
+CONTROL = L0Controller(at_start=0.5, gain=1.0, rate=30.0, descent=0.15)
+
 
 class GatedSettings(SAESettings):
+    """Exactly one of `l1_coefficient` and `target_l0`."""
+
     architecture: Literal["gated"] = "gated"
-    l1_coefficient: float = Field(gt=0)
+    l1_coefficient: float | None = Field(default=None, gt=0)
     l1_warm_up_steps: int = Field(default=0, ge=0)
+    target_l0: float | None = Field(default=None, gt=0)
     aux_coefficient: float = Field(default=1.0, ge=0)
     pre_act_coefficient: float = Field(default=0.03, ge=0)
 
     def coefficient_at(self, step: int) -> float:
+        if self.l1_coefficient is None:
+            raise TypeError("with target_l0 the coefficient is part of the training state")
         return self.l1_coefficient * warm_up(step, self.l1_warm_up_steps)
+
+    def settled_after(self, steps: int) -> int:
+        return settled_after(self.target_l0, self.l1_warm_up_steps, steps)
 
     def named_coefficient(self, coefficient: float) -> dict[str, float]:
         return {"l1_coefficient": coefficient}
+
+    @model_validator(mode="after")
+    def check_sparsity(self) -> "GatedSettings":
+        check_coefficient(self, "l1")
+        return self
 
 
 class GatedSAE(TrainableSAE):
@@ -96,3 +114,27 @@ class GatedSAE(TrainableSAE):
                 settings.pre_act_coefficient, x_centred, error, gradients, context,
             )  # fmt: skip
         return StepTerms(loss, error, fired=active.per_latent(f.sign()))
+
+    @classmethod
+    def state_at_start(cls, settings: SAESettings) -> dict[str, Tensor]:
+        return CONTROL.state_at_start(cast(GatedSettings, settings).target_l0)
+
+    def next_state(
+        self, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], fired: Tensor, context: StepContext
+    ) -> dict[str, Tensor]:
+        return CONTROL.next_state(state, fired, context)
+
+    @torch.no_grad()
+    def for_use(self, state: Mapping[str, Tensor], tokens: Tensor | None) -> SAE:
+        """With `target_l0`, b_gate is calibrated on training tokens when a checkpoint is saved. Magnitudes stay."""
+        if "target_l0" not in state or tokens is None:
+            return self
+        x_centred, norms = self.centre(tokens), self.W_dec.norm(dim=1)
+        n_open = n_active = state["target_l0"].new_zeros(())
+        for part in x_centred.split(TOKENS_AT_ONCE):
+            u = part @ self.W_enc
+            gate, magnitude = u + self.b_gate > 0, u * self.r_mag.exp() + self.b_mag > 0
+            n_open, n_active = n_open + gate.sum(), n_active + (gate & magnitude).sum()
+        share = n_active.clamp_min(1) / n_open.clamp_min(1)
+        b_gate = calibrated_bias(x_centred, self.W_enc, self.b_gate, norms, state["target_l0"], share)
+        return self.replaced({"b_gate": b_gate})

@@ -19,7 +19,7 @@ and, with `ste_to_input`, the same with the other sign for pre_i, on top of df /
 and in the loss on dead latents: they only say how wide a rectangle or how long a way is. So no gradient depends on how
 a latent's strength is shared between encoder and decoder, nothing drives decoder norms, and they fold exactly.
 
-With `target_l0` a controller sets the coefficient l0 while training runs, see `next_state`.
+With `target_l0` a controller sets the coefficient l0 while training runs, see control.py.
 
 Sources: Rajamanoharan et al., "Jumping Ahead", arXiv 2407.14435, eqs. 3, 9 and 11 to 13 (step, the estimators);
 Anthropic, "Circuits Updates - January 2025" (tanh, the loss on dead latents, the estimator's gradient to all weights).
@@ -28,7 +28,6 @@ Gemma Scope 2 reaches an L0 with the penalty (2 / T) (L0 - T)^2; its strength th
 
 from collections.abc import Mapping
 from itertools import pairwise
-from math import log
 from statistics import NormalDist
 from typing import Any, Literal, cast
 
@@ -36,6 +35,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sae_core.control import L0Controller, check_coefficient, settled_after
 from sae_core.dead import accumulate_pre_act
 from sae_core.errors import CheckpointError, ConfigError
 from sae_core.functional import jumprelu
@@ -49,14 +49,8 @@ from sae_core.settings import SAESettings
 SHARE_AT_START = 0.05
 L0_AT_START = 4
 
-# The controller. Shares are of the run's steps, so that a longer run is controlled in proportion.
-DESCENT = 0.3  # share over which the highest L0 allowed falls from that of the start to the target
-FREEZE = 0.8  # share after which the coefficient stays
-SMOOTHING = 0.1  # weight of a new batch in the running L0
-COEFFICIENT_AT_START = 0.1
-GAIN = 4.0  # of log(coefficient), for log(L0 / target)
-INTEGRAL_GAIN = 40.0  # the same, if it lasted for the whole run
-MOST, MOST_SUMMED = 1.0, 0.3  # of log(L0 / target), either way, that counts for the one and for the other
+# Of `target_l0`, see control.py.
+CONTROL = L0Controller(at_start=0.1, gain=4.0, rate=40.0, descent=0.3)
 
 TOKENS_AT_ONCE = 4096
 # The factor on thresholds is set this share below the last active pair, which rounding could move below it otherwise.
@@ -89,6 +83,9 @@ class JumpReLUSettings(SAESettings):
             raise TypeError("with target_l0 the coefficient is part of the training state")
         return self.l0_coefficient * warm_up(step, self.l0_warm_up_steps)
 
+    def settled_after(self, steps: int) -> int:
+        return settled_after(self.target_l0, self.l0_warm_up_steps, steps)
+
     def named_coefficient(self, coefficient: float) -> dict[str, float]:
         return {"l0_coefficient": coefficient}
 
@@ -97,13 +94,7 @@ class JumpReLUSettings(SAESettings):
 
     @model_validator(mode="after")
     def check_sparsity(self) -> "JumpReLUSettings":
-        if (self.l0_coefficient is None) == (self.target_l0 is None):
-            given = f"l0_coefficient is {self.l0_coefficient} and target_l0 is {self.target_l0}"
-            raise ValueError(f"{given}: exactly one of the two is accepted")
-        if self.target_l0 is not None and self.target_l0 > self.d_sae:
-            raise ValueError(f"target_l0 is {self.target_l0:g}: accepted is at most d_sae ({self.d_sae})")
-        if self.target_l0 is not None and self.l0_warm_up_steps:
-            raise ValueError(f"l0_warm_up_steps is {self.l0_warm_up_steps}: accepted with l0_coefficient only")
+        check_coefficient(self, "l0")
         return self
 
 
@@ -194,43 +185,16 @@ class JumpReLUSAE(TrainableSAE):
             loss = loss + accumulate_pre_act(self, x_centred, threshold, pre_act, gradients, context)
         return StepTerms(loss, error, fired)
 
-    # ---- the controller of target_l0 ----
+    # ---- target_l0 ----
 
     @classmethod
     def state_at_start(cls, settings: SAESettings) -> dict[str, Tensor]:
-        target = cast(JumpReLUSettings, settings).target_l0
-        if target is None:
-            return {}
-        values = {"coefficient": COEFFICIENT_AT_START, "integral": log(COEFFICIENT_AT_START), "l0": 0.0,
-                  "l0_at_start": 0.0, "progress": 0.0, "target_l0": target}  # fmt: skip
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        return CONTROL.state_at_start(cast(JumpReLUSettings, settings).target_l0)
 
     def next_state(
         self, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], fired: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
-        """With `target_l0`: log(coefficient) follows log(L0 / target), in proportion and summed over the run so far. L0
-        is the running one. While the run descends, no L0 between the target and a line from the first batch's L0 down
-        to the target is corrected, and one below the target not by the sum, which would overshoot later."""
-        if not state or context.progress >= FREEZE:
-            return dict(state)
-        l0 = (fired.double().sum() / context.batch_tokens).clamp_min(1e-3)
-        first = state["l0"] == 0
-        running = torch.where(first, l0, state["l0"] + SMOOTHING * (l0 - state["l0"]))
-        at_start = torch.where(first, l0, state["l0_at_start"])
-        target = state["target_l0"].log()
-        share = min(context.progress / DESCENT, 1.0)
-        highest = target + (1 - share) * (at_start.log() - target).clamp_min(0)
-        surplus = (running.log() - highest).clamp(0, MOST) + (running.log() - target).clamp(-MOST, 0)
-        summed = surplus.clamp(-MOST_SUMMED if share == 1 else 0.0, MOST_SUMMED)
-        integral = state["integral"] + INTEGRAL_GAIN * (context.progress - state["progress"]) * summed
-        return {
-            **state,
-            "coefficient": (integral + GAIN * surplus).exp(),
-            "integral": integral,
-            "l0": running,
-            "l0_at_start": at_start,
-            "progress": torch.full_like(l0, context.progress),
-        }
+        return CONTROL.next_state(state, fired, context)
 
     @torch.no_grad()
     def for_use(self, state: Mapping[str, Tensor], tokens: Tensor | None) -> SAE:

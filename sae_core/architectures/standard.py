@@ -9,35 +9,53 @@ Source: Bricken et al., "Towards Monosemanticity" (2023), with the decoder norm 
 "Update on how we train SAEs" (Anthropic, April 2024): no constraint on the decoder's rows is needed.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from sae_core.control import L0Controller, calibrated_bias, check_coefficient, settled_after
 from sae_core.dead import accumulate_revival
 from sae_core.kernels import Above, encode
-from sae_core.sae import Gradients, StepContext, StepTerms, TrainableSAE
+from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
 from sae_core.settings import SAESettings
 
+# Of `target_l0`, see control.py.
+CONTROL = L0Controller(at_start=0.5, gain=1.0, rate=30.0, descent=0.15)
+
 
 class StandardSettings(SAESettings):
+    """Exactly one of `l1_coefficient` and `target_l0`."""
+
     architecture: Literal["standard"] = "standard"
-    l1_coefficient: float = Field(gt=0)
+    l1_coefficient: float | None = Field(default=None, gt=0)
     l1_warm_up_steps: int = Field(default=0, ge=0)
+    target_l0: float | None = Field(default=None, gt=0)
     aux_coefficient: float = Field(default=1.0, ge=0)
     pre_act_coefficient: float = Field(default=0.03, ge=0)
     skip: bool = False
 
     def coefficient_at(self, step: int) -> float:
+        if self.l1_coefficient is None:
+            raise TypeError("with target_l0 the coefficient is part of the training state")
         return self.l1_coefficient * warm_up(step, self.l1_warm_up_steps)
+
+    def settled_after(self, steps: int) -> int:
+        return settled_after(self.target_l0, self.l1_warm_up_steps, steps)
 
     def named_coefficient(self, coefficient: float) -> dict[str, float]:
         return {"l1_coefficient": coefficient}
 
     def config_fields(self) -> dict[str, Any]:
         return {"skip": self.skip}
+
+    @model_validator(mode="after")
+    def check_sparsity(self) -> "StandardSettings":
+        check_coefficient(self, "l1")
+        return self
 
 
 class StandardSAE(TrainableSAE):
@@ -92,3 +110,20 @@ class StandardSAE(TrainableSAE):
                 x_centred, error, gradients, context,
             )  # fmt: skip
         return StepTerms(loss, error, fired=active.per_latent(f.sign()))
+
+    @classmethod
+    def state_at_start(cls, settings: SAESettings) -> dict[str, Tensor]:
+        return CONTROL.state_at_start(cast(StandardSettings, settings).target_l0)
+
+    def next_state(
+        self, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], fired: Tensor, context: StepContext
+    ) -> dict[str, Tensor]:
+        return CONTROL.next_state(state, fired, context)
+
+    @torch.no_grad()
+    def for_use(self, state: Mapping[str, Tensor], tokens: Tensor | None) -> SAE:
+        """With `target_l0`, b_enc is calibrated on training tokens when a checkpoint is saved."""
+        if "target_l0" not in state or tokens is None:
+            return self
+        x_centred, norms = self.centre(tokens), self.W_dec.norm(dim=1)
+        return self.replaced({"b_enc": calibrated_bias(x_centred, self.W_enc, self.b_enc, norms, state["target_l0"])})
