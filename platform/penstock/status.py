@@ -215,8 +215,10 @@ def _progress(report: dict[str, Any]) -> str:
             bar = "#" * filled + "." * (BAR - filled)
             lines.append(f"{label.ljust(width)}  [{bar}] {int(100 * share):3d}%  {len(at)} SAEs")
         else:
-            lines.append(f"{label.ljust(width)}  done before")
+            lines.append(f"{label.ljust(width)}  nothing left to train")
     lines.append(f"{report['tokens']:,} tokens an SAE, {report['sae_tokens_per_second']:,.0f} SAE-tokens/s")
+    if report.get("stopped"):
+        lines.append("stopped on the way: " + ", ".join(f"{n} {status}" for status, n in report["stopped"].items()))
     return "\n".join(lines)
 
 

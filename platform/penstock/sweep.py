@@ -10,6 +10,7 @@ import shlex
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -98,6 +99,7 @@ class Driver(Session):
         self._asked_at = 0.0
         self._tracker: Any = None
         self._tokens_at: dict[str, int] = {}
+        self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
 
@@ -352,6 +354,7 @@ class Driver(Session):
             elif event["kind"] == "stopped":
                 self.say(f"SAE {event['sae_id']} {event['status']}: {event['reason']}")
                 self._tokens_at[event["sae_id"]] = event.get("tokens", self._tokens_at.get(event["sae_id"], 0))
+                self._stopped[event["sae_id"]] = event["status"]
         self._pruner.decide()
         if rows:
             self._open_tracker()
@@ -381,7 +384,7 @@ class Driver(Session):
 
     def _standing(self) -> dict[str, Any]:
         """How the sweep stands, for `penstock status`. Called from the pulse's thread, hence the copies."""
-        tokens_at, cost = dict(self._tokens_at), dict(self._cost)
+        tokens_at, cost, stopped = dict(self._tokens_at), dict(self._cost), dict(self._stopped)
         trained = sum(tokens_at.values())
         return {
             "name": self.spec.name,
@@ -394,9 +397,14 @@ class Driver(Session):
             "left": len(self.left),
             "tokens": self._run_tokens,
             "tokens_at": {
-                site.label: [tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.site == site]
+                site.label: [
+                    tokens_at.get(sae.sae_id, 0)
+                    for sae in self.left
+                    if sae.site == site and sae.sae_id not in stopped
+                ]
                 for site in self.spec.sites
             },
+            "stopped": dict(Counter(stopped.values())),
             "packs": {pack.pack_id: [pack.hook_point, len(pack.saes)] for pack in self.packs},
             "sae_tokens_per_second": trained / max(1e-9, time.time() - self._started - (self._first_step or 0.0)),
             "cost": cost,
@@ -406,7 +414,8 @@ class Driver(Session):
     def _show_progress(self) -> None:
         per_hook = []
         for site in self.spec.sites:
-            at = [self._tokens_at.get(sae.sae_id, 0) for sae in self.left if sae.site == site]
+            here = [sae for sae in self.left if sae.site == site and sae.sae_id not in self._stopped]
+            at = [self._tokens_at.get(sae.sae_id, 0) for sae in here]
             if at:
                 per_hook.append(f"{site.label} {100 * sum(at) / len(at) / self._run_tokens:.0f}%")
         done = sum(self._tokens_at.values())
@@ -439,6 +448,7 @@ class Driver(Session):
             "seconds_to_first_step": self._first_step or 0.0,
             "sae_tokens": trained,
             "sae_tokens_per_second": trained / max(1e-9, self._seconds["train"]),
+            **self._saved(),
         }
         table = publish(self.sweep, self._tracker, self._cost)
         self._print_front()
@@ -447,6 +457,14 @@ class Driver(Session):
         if failed:
             self.say(f"{len(failed)} SAE(s) failed: {', '.join(failed)}; the same command tries them again")
         return 1 if failed else 0
+
+    def _saved(self) -> dict[str, float]:
+        """What pruning has spared, over all attempts."""
+        steps, pruned = self.spec.train.steps, [self.sweep.stopped(sae) for sae in self.sweep.saes]
+        spared = [steps - one["step"] for one in pruned if one.get("status") == "pruned"]
+        if not spared:
+            return {}
+        return {"saes_pruned": len(spared), "sae_tokens_spared": sum(spared) * self.spec.train.batch_tokens}
 
     def _print_front(self) -> None:
         from penstock.cli import format_front
@@ -458,7 +476,7 @@ class Driver(Session):
         from penstock.results import report_folder
 
         folder = report_folder(self.sweep)
-        print(f"plot       {folder / 'pareto.png'}  and  {folder / 'pareto.html'}")
+        print(f"plot       {folder / 'pareto.png'}  and  {folder / 'report.html'}")
         front = table[table["on_front"]]
         if front.empty:
             return

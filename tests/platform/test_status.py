@@ -101,7 +101,7 @@ def test_the_report_of_a_running_sweep_is_told_in_full(home, capsys):
             assert re.search(r"^phase train, 3 min 2\d s after its start; reported [0-4] s ago$", out, re.MULTILINE)
     assert f"{EARLY}  [#########...............]  37%  2 SAEs\n" in out
     assert f"{LATE}  [........................]   0%  3 SAEs\n" in out
-    assert "blocks.2.hook_mlp_out     done before\n" in out
+    assert "blocks.2.hook_mlp_out     nothing left to train\n" in out
     assert "1,000,000 tokens an SAE, 3,750 SAE-tokens/s\n" in out
     assert "hosts  host-a  working on block 1\n       host-b  idle\n" in out
     assert "       host-c  broken: the model cannot be read\n       host-d  starting\n" in out

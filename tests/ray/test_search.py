@@ -1,11 +1,13 @@
 """Pruning and filling on a running cluster, and a driver that is killed between the two rounds."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
+import penstock as platform_api
 from ray_head import cost, penstock, wait_for
 
 pytestmark = pytest.mark.ray
@@ -51,9 +53,9 @@ def test_a_sweep_killed_between_its_rounds_goes_on_with_the_same_decisions(head,
     assert filled.stat().st_mtime_ns == written
     assert first_round.items() <= {path: path.read_bytes() for path in home.glob("sweeps/*/pruned/*.json")}.items()
 
-    rows = json.loads(penstock("front", "searched", "--json", home=home).stdout)
-    asked_for, added = rows[: -len(proposals)], [row for row in rows if row.get("proposed")]
-    assert len(rows) == 4 + len(proposals) and len(asked_for) == 4
+    rows = platform_api.front("searched", home=home).to_dict("records")
+    added = [row for row in rows if row["proposed"] == 1]
+    assert len(rows) == 4 + len(proposals)
     assert [proposal["settings"]["architecture"] for proposal in proposals] == ["topk", "topk"]
     ks = sorted(proposal["settings"]["k"] for proposal in proposals)
     assert 4 < ks[0] < ks[1] <= 32 and 24 not in ks
@@ -65,7 +67,7 @@ def test_a_sweep_killed_between_its_rounds_goes_on_with_the_same_decisions(head,
     for path in home.glob("sweeps/*/pruned/*-run.json"):
         run = json.loads(path.read_text())
         sae_id = path.name.removesuffix("-run.json")
-        assert sae_id in pruned and pruned[sae_id]["l0"] is None and not pruned[sae_id]["on_front"]
+        assert sae_id in pruned and math.isnan(pruned[sae_id]["l0"]) and not pruned[sae_id]["on_front"]
         assert 0 < run["step"] < 250 and run["history"][-1]["tokens"] <= run["step"] * 256
     # The second driver trained what was added, and nothing else.
     assert cost(home)["sae_tokens"] <= len(proposals) * TOKENS
