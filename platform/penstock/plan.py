@@ -398,7 +398,7 @@ def arrays_of(packs: Sequence[PlannedPack]) -> tuple[str, ...]:
 def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
     """What is allowed and probably not meant."""
     coefficients = {getattr(sae.settings, "l1_coefficient", 1.0) for sae in saes}
-    low = sorted(value for value in coefficients if value < LOW_L1_COEFFICIENT)
+    low = sorted(value for value in coefficients if value is not None and value < LOW_L1_COEFFICIENT)
     found = []
     if low:
         d_in = saes[0].d_in
