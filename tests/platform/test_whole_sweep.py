@@ -5,37 +5,19 @@ import json
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save as save_tensors
 
 import penstock
-from penstock.activations import from_wire
-from penstock.batches import batches
 from penstock.cli import format_front
 from penstock.errors import SweepError
-from penstock.evaluation import evaluation_of, in_process
+from penstock.evaluation import evaluation_of
 from penstock.home import Home
-from penstock.model_host import ModelHost
-from penstock.pack import Pack
-from penstock.plan import members, plan_packs, read_sweep, training_settings
 from penstock.resolved import ResolvedSweep
-from penstock.results import baseline_table, publish, sae_table
-from penstock.storage import Storage
-from penstock.tokens import build_token_store
-from penstock.tracking import TrackedSAE, Tracker, find_sweep
-from penstock.train import last_tokens
-from sae_core import SAE, calibrate
-from tiny_models import write_model
+from penstock.results import baseline_table, sae_table
+from penstock.tracking import find_sweep
+from sae_core import SAE
+from whole_sweeps import run_sweep, write_inputs, write_spec
 
 READS, WRITES = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
-SPEC = """\
-name: NAME
-model: {name: MODEL, harvest_rows: 16}
-data: {dataset: DATA, context_size: 16, block_tokens: 640, search_tokens: 200, report_tokens: 300EXCLUDE}
-hook_points: [HOOKS]
-train: {tokens: 1500, batch_tokens: 50, lr: 1e-2}
-saes: [ENTRY]
-baselines: {k: [4]}
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,48 +31,13 @@ def _no_environment():
 def run(tmp_path_factory):
     """Runs a sweep, and returns it: `run(name, hook points, entry of saes, excluded)`."""
     folder = tmp_path_factory.mktemp("sweeps")
-    model = write_model(folder / "model")
-    data = folder / "documents.txt"
-    data.write_text("\n\n".join(f"document{i} the wheel turns" + " the water" * (i % 7) for i in range(600)))
+    inputs = write_inputs(folder)
 
     def run(name: str, hooks: str, entry: str, exclude: str = "") -> ResolvedSweep:
-        text = SPEC.replace("NAME", name).replace("MODEL", str(model)).replace("DATA", str(data))
-        path = folder / f"{name}.yaml"
-        path.write_text(text.replace("HOOKS", hooks).replace("ENTRY", entry).replace("EXCLUDE", exclude))
-        spec, description = read_sweep(path)
-        home = Home(folder / "home")
-        storage = Storage(home.storage_uri(None))
-        store = build_token_store(spec.data, spec.model, spec.train, storage)
-        sweep = ResolvedSweep(spec, description, store, storage, home)
-        host = ModelHost(spec.model, device="cpu")
-        for planned in plan_packs(spec, sweep.left()):
-            _train(sweep, host, planned)
-        in_process(evaluation_of(sweep), host, spec.data, lambda message: None)
-        tracker = Tracker(home, name, sweep.sweep_id)
-        tracker.open(sweep.yaml, {}, [TrackedSAE(sae.sae_id, sae.hook_point, sae.params, sae.baseline)
-                                      for sae in sweep.saes])  # fmt: skip
-        publish(sweep, tracker, {"seconds_total": 1.0})
-        return sweep
+        path = write_spec(folder / f"{name}.yaml", inputs, name, hooks, entry, exclude=exclude)
+        return run_sweep(path, Home(folder / "home"))
 
     return run
-
-
-def _train(sweep, host, planned):
-    calibrations, tails, pack = {}, {}, None
-    for block in range(sweep.schedule.n_blocks):
-        arrays = host.harvest(sweep.store, sweep.spec.data, block, planned.hook_points)
-        views = {name: from_wire(array, "float32") for name, array in arrays.items()}
-        if pack is None:
-            calibrations = {name: calibrate(view) for name, view in views.items()}
-            for name, calibration in calibrations.items():
-                sweep.storage.write(sweep.calibration_file(name), save_tensors(calibration.to_tensors()))
-            pack = Pack(members(planned, sweep.metadata), training_settings(sweep.spec.train), calibrations,
-                        sweep.storage)  # fmt: skip
-        length = len(next(iter(views.values())))
-        for step, batch in batches(sweep.schedule, block, length, 0):
-            pack.step(step, {name: view[batch] for name, view in views.items()})
-        tails = {name: view[last_tokens(sweep.schedule)] for name, view in views.items()}
-    pack.finish(tails)
 
 
 @pytest.fixture(scope="module")
