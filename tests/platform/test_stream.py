@@ -501,3 +501,16 @@ def test_what_packs_say_is_collected_once_and_the_status_says_how_things_stand()
 def test_the_last_line_of_an_error_is_what_it_says():
     assert last_line(ValueError("Traceback\n  in f\nValueError: so it is\n")) == "ValueError: so it is"
     assert last_line(ConnectionError()) == "ConnectionError"
+
+
+def test_a_pack_hears_with_every_report_what_has_been_decided_and_so_does_one_that_is_late():
+    async def scenario():
+        async with running({"p": [A]}, {"host": Host()}) as stream:
+            await stream.attach("p", [A], 0, 0)
+            assert await stream.report("p", [], {}, 0.0, 0) == {}
+            stream.stops |= {"sae": "another one beats it"}
+            stream.stops |= {"later": "dead"}
+            assert await stream.report("p", [], {}, 0.0, 0) == {"sae": "another one beats it", "later": "dead"}
+            assert (await stream.report("unknown", [], {}, 0.0, 0)).keys() == {"sae", "later"}
+
+    asyncio.run(scenario())
