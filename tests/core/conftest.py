@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from sae_cases import SETTINGS, Data, make_data
+from sae_cases import CASES, Data, make_data
 from sae_core import SAETrainer, TrainingSettings, parse_settings
 from sae_sites import ALL, Site
 
@@ -13,9 +13,9 @@ def data() -> Data:
     return make_data(n=24, d_in=16, tokens=4096, active=0.1)
 
 
-@pytest.fixture(params=sorted(SETTINGS))
+@pytest.fixture(params=sorted(CASES))
 def settings(request):
-    return parse_settings(SETTINGS[request.param])
+    return parse_settings(CASES[request.param])
 
 
 @pytest.fixture

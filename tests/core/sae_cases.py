@@ -15,6 +15,13 @@ SETTINGS = {
     "matryoshka": {"architecture": "matryoshka", "d_sae": 48, "k": 4.5},
     "jumprelu": {"architecture": "jumprelu", "d_sae": 48, "target_l0": 5, "threshold_at_start": 1.0},
 }
+# Other ways to train an architecture, which must do all that the contract asks for, too.
+VARIANTS = {
+    "standard, target_l0": {"architecture": "standard", "d_sae": 48, "target_l0": 5},
+    "gated, target_l0": {"architecture": "gated", "d_sae": 48, "target_l0": 5},
+    "jumprelu, step": {**SETTINGS["jumprelu"], "sparsity": "step"},
+}
+CASES = SETTINGS | VARIANTS
 
 
 @dataclass

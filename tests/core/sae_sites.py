@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from sae_cases import SETTINGS, Data
+from sae_cases import CASES, Data
 from sae_core import ARCHITECTURES, Calibration, SAETrainer, TrainingSettings, calibrate, parse_settings
 from sae_core.settings import SAESettings
 
 D_OUT = 12
 
 
-def kinds(architecture: str) -> list[str]:
-    cls = ARCHITECTURES[architecture]
+def kinds(case: str) -> list[str]:
+    cls = ARCHITECTURES[CASES[case]["architecture"]]
     kinds = ["sae"] + ["transcoder"] * cls.can_transcode
     return kinds + ["skip"] * (cls.can_transcode and "skip" in cls.settings_type.model_fields)
 
 
-ALL = [(architecture, kind) for architecture in sorted(SETTINGS) for kind in kinds(architecture)]
+ALL = [(case, kind) for case in sorted(CASES) for kind in kinds(case)]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Site:
     target_calibration: Calibration | None
 
     @classmethod
-    def make(cls, architecture: str, kind: str, data: Data) -> "Site":
-        settings = parse_settings(SETTINGS[architecture] | ({"skip": True} if kind == "skip" else {}))
+    def make(cls, case: str, kind: str, data: Data) -> "Site":
+        settings = parse_settings(CASES[case] | ({"skip": True} if kind == "skip" else {}))
         if kind == "sae":
             return cls(settings, data, None, None)
         generator = torch.Generator().manual_seed(1)

@@ -22,7 +22,7 @@ def equal_states(a: dict, b: dict) -> bool:
 
 
 def test_every_architecture_is_covered():
-    assert SETTINGS.keys() == ARCHITECTURES.keys()
+    assert SETTINGS.keys() == ARCHITECTURES.keys() == {settings["architecture"] for settings in RECOVERY.values()}
 
 
 def test_settings_survive_a_round_trip(settings):
@@ -200,8 +200,8 @@ def test_export_is_the_trained_function_on_raw_activations(trainer, data):
     run(trainer, data, 40)
     scale = data.calibration.scale
     x = data.x[:500]
-    # with thresholds calibrated on x, where the trained SAE takes x for one batch; not where they have been trained
-    tokens = None if trainer.settings.architecture == "jumprelu" else x
+    # with thresholds calibrated on x, where the trained SAE takes x for one batch; not where there is a target L0
+    tokens = None if hasattr(trainer.settings, "target_l0") else x
     sae = trainer.export({"hook_name": "blocks.0.hook_resid_post"}, tokens=tokens)
     torch.testing.assert_close(sae(x), trainer.sae(x * scale) / scale, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
@@ -269,6 +269,8 @@ def test_half_precision_activations_are_accepted(site, training):
 
 
 RECOVERY = {
+    "standard, target_l0": {"architecture": "standard", "d_sae": 40, "target_l0": 2},
+    "gated, target_l0": {"architecture": "gated", "d_sae": 40, "target_l0": 2},
     "standard": {"architecture": "standard", "d_sae": 40, "l1_coefficient": 1.0, "l1_warm_up_steps": 300},
     "gated": {"architecture": "gated", "d_sae": 40, "l1_coefficient": 4.0, "l1_warm_up_steps": 300},
     "topk": {"architecture": "topk", "d_sae": 40, "k": 3},
@@ -278,11 +280,11 @@ RECOVERY = {
 }
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_a_known_dictionary_is_recovered(architecture):
+@pytest.mark.parametrize("case", sorted(RECOVERY))
+def test_a_known_dictionary_is_recovered(case):
     data = make_data(n=32, d_in=24, tokens=40_000, active=0.06)
     training = TrainingSettings(steps=600, batch_tokens=128, lr=5e-3, dead_after_tokens=20_000)
-    trainer = SAETrainer(parse_settings(RECOVERY[architecture]), training, data.calibration)
+    trainer = SAETrainer(parse_settings(RECOVERY[case]), training, data.calibration)
     for step in range(training.steps):
         trainer.train_step(data.batch(step, 128))
     sae = trainer.export()
