@@ -19,7 +19,7 @@ know no such thing: they compare a transcoder's output with its input, put it in
 models, too) leave its skip connection out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,26 +178,20 @@ def _evaluate_forward(
     rerun: Rerun, saes: Mapping[str, nn.Module], rows: Tensor, keep: Tensor, ablation: Tensor | None
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
     """Sums over some rows by field of EvaluationSums: (those that SAEs have in common, those of each SAE)."""
-    logits, activations = rerun.clean(rows)
-    behaviour = _Behaviour(logits, rows, keep)
-    del logits
+    final, activations = rerun.clean(rows)
+    behaviour = _Behaviour(rerun.logits, final, rows, keep)
+    del final
     ce_ablated, kl_ablated = behaviour.compare(rerun.replaced(_ablated(activations, ablation, rerun.hook_point)))
     x, target = (_wide(given[keep]) for given in (rerun.inputs, activations))
     target_64 = target.double()
+    of_tokens = {"ce_clean": behaviour.ce_clean, "ce_ablated": ce_ablated, "kl_ablated": kl_ablated}
+    of_tokens |= {"n_predictions": behaviour.has_next, "square_x": target_64.square().sum(1)}
+    common = _row_sums({"n_tokens": torch.ones_like(ce_ablated), **of_tokens}, keep)
     sum_x = torch.zeros(len(rows), target.shape[1], dtype=torch.float64, device=target.device)
-    common = {
-        "n_tokens": keep.sum(1),
-        "n_predictions": behaviour.has_next.sum(1),
-        "ce_clean": behaviour.ce_clean,
-        "ce_ablated": ce_ablated,
-        "kl_ablated": kl_ablated,
-        "square_x": _row_sums(target_64.square().sum(1), keep),
-    }
-    common = dict(zip(common, torch.stack([sums.double() for sums in common.values()]).cpu().numpy(), strict=True))
     common["sum_x"] = sum_x.index_add_(0, keep.nonzero()[:, 0], target_64).cpu().numpy()
     of_saes = {}
     for name, sae in saes.items():
-        f, x_hat = _reconstruct(sae, x)
+        x_hat, l0, l1, fired = _reconstruct(sae, x)
         if x_hat.shape != target.shape:
             raise ConfigError(
                 f"SAE {name!r} reconstructs {x_hat.shape[-1]} dimensions, and {rerun.hook_point!r} has "
@@ -206,20 +200,19 @@ def _evaluate_forward(
         replaced = activations.clone()
         replaced[keep] = x_hat.to(activations.dtype)
         ce_sae, kl_sae = behaviour.compare(rerun.replaced(replaced))
-        x_hat_64, active = x_hat.double(), f != 0
+        x_hat_64 = x_hat.double()
         of_tokens = {
-            "l0": active.sum(1),
-            "l1": f.abs().sum(1, dtype=torch.float64),
+            "ce_sae": ce_sae,
+            "kl_sae": kl_sae,
+            "l0": l0,
+            "l1": l1,
             "squared_error": squared_error(target_64, x_hat_64),
             "square_x_hat": x_hat_64.square().sum(1),
             "x_dot_x_hat": (target_64 * x_hat_64).sum(1),
             "cosine": cosine(target_64, x_hat_64),
             "l2_ratio": l2_ratio(target_64, x_hat_64),
         }
-        sums = {"ce_sae": ce_sae, "kl_sae": kl_sae}
-        sums |= {key: _row_sums(values, keep) for key, values in of_tokens.items()}
-        of_saes[name] = dict(zip(sums, torch.stack(list(sums.values())).cpu().numpy(), strict=True))
-        of_saes[name]["fired"] = active.sum(0).cpu().numpy()
+        of_saes[name] = _row_sums(of_tokens, keep) | {"fired": fired.cpu().numpy()}
     return common, of_saes
 
 
@@ -232,11 +225,11 @@ def _ablated(activations: Tensor, ablation: Tensor | None, hook_point: str) -> T
     return ablation.to(activations).expand_as(activations).contiguous()
 
 
-def _row_sums(values: Tensor, keep: Tensor) -> Tensor:
-    """Sums in float64, [rows], of what the kept tokens have, [kept tokens]."""
-    placed = torch.zeros(keep.shape, dtype=torch.float64, device=values.device)
-    placed[keep] = values.double()
-    return placed.sum(1)
+def _row_sums(of_tokens: Mapping[str, Tensor], keep: Tensor) -> dict[str, np.ndarray]:
+    """Sums in float64, [rows] each, of what each of the kept tokens has, [kept tokens] each."""
+    placed = torch.zeros(len(of_tokens), *keep.shape, dtype=torch.float64, device=keep.device)
+    placed[:, keep] = torch.stack([values.double() for values in of_tokens.values()])
+    return dict(zip(of_tokens, placed.sum(2).cpu().numpy(), strict=True))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -244,44 +237,73 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _reconstruct(sae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and reconstruction, on the device of `x`, computed where the SAE lies."""
+def _reconstruct(sae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x [tokens, d_in]: the reconstruction, L0 and L1 of each token, and on how many tokens each latent was not 0.
+    All on the device of `x`, computed where the SAE lies."""
     own = next(iter([*sae.parameters(), *sae.buffers()]), x)
-    given = x.to(own.device)
-    if hasattr(sae, "reconstruct"):
-        f, x_hat = sae.reconstruct(given)
-    else:
-        f = sae.encode(given)
-        x_hat = sae.decode(f)
-    return f.to(x.device), x_hat.to(x.device, x.dtype)
+    parts, fired = [], 0
+    for given in x.to(own.device).split(_tokens_at_once(own.device, getattr(sae, "d_sae", x.shape[1]))):
+        if hasattr(sae, "reconstruct"):
+            f, x_hat = sae.reconstruct(given)
+        else:
+            f = sae.encode(given)
+            x_hat = sae.decode(f)
+        active = (f != 0).float()
+        fired = fired + active.sum(0, dtype=torch.float64)
+        parts.append((x_hat.to(x.dtype), active.sum(1), f.abs().sum(1)))
+    x_hat, l0, l1 = (torch.cat(one).to(x.device) for one in zip(*parts, strict=True))
+    return x_hat, l0, l1, fired.long()
 
 
 class _Behaviour:
-    """The clean model's predictions, to compare others with. Sums over each row's kept positions, in float64."""
+    """The clean model's predictions at kept positions, to compare others with.
 
-    def __init__(self, logits: Tensor, rows: Tensor, keep: Tensor):
-        self.keep = keep
-        self.has_next = keep.clone()
-        self.has_next[:, -1] = False
-        self.targets = rows.roll(-1, dims=1).long()[..., None]
-        log_p = log_softmax(logits.float(), dim=-1)
-        self.p = log_p.exp()
-        self.negative_entropy = _dot(self.p, log_p)
-        self.ce_clean = self._cross_entropy(log_p)
+    logits: what makes logits [n, vocabulary] of n positions of what a pass returns. final: what the clean pass did,
+    [rows, context, ...].
+    """
 
-    def _cross_entropy(self, log_q: Tensor) -> Tensor:
-        return _masked_sum(-log_q.gather(-1, self.targets)[..., 0], self.has_next)
+    def __init__(self, logits: Callable[[Tensor], Tensor], final: Tensor, rows: Tensor, keep: Tensor):
+        self.logits, self.keep = logits, keep
+        has_next = torch.ones_like(keep)
+        has_next[:, -1] = False
+        self.has_next = has_next[keep]
+        self.targets = rows.roll(-1, dims=1).long()[keep]
+        self.at_once = _tokens_at_once(final.device, logits(final[:1, 0]).shape[-1])
+        self.p: list[Tensor] = []
+        negative_entropies, ce = [], []
+        for log_p, targets in self._log_softmax(final):
+            self.p.append(log_p.exp())
+            negative_entropies.append(_dot(self.p[-1], log_p))
+            ce.append(_at(log_p, targets))
+        self.negative_entropies = negative_entropies
+        self.ce_clean = self._cross_entropy(ce)
 
-    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(sums of CE [rows], sums of KL(clean || other) [rows]); the clean part of the KL is not computed again."""
-        log_q = log_softmax(logits.float(), dim=-1)
-        return self._cross_entropy(log_q), _masked_sum(self.negative_entropy - _dot(self.p, log_q), self.keep)
+    def _log_softmax(self, final: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-probabilities [n, vocabulary] and next tokens [n], some positions at a time."""
+        for part, targets in zip(final[self.keep].split(self.at_once), self.targets.split(self.at_once), strict=True):
+            yield log_softmax(self.logits(part).float(), dim=-1), targets
+
+    def _cross_entropy(self, of_targets: list[Tensor]) -> Tensor:
+        return torch.where(self.has_next, -torch.cat(of_targets), 0.0)
+
+    def compare(self, final: Tensor) -> tuple[Tensor, Tensor]:
+        """CE (0 where there is no next token) and KL(clean || other), [kept positions] each."""
+        ce, kl = [], []
+        clean = zip(self.p, self.negative_entropies, strict=True)
+        for (log_q, targets), (p, negative_entropy) in zip(self._log_softmax(final), clean, strict=True):
+            ce.append(_at(log_q, targets))
+            kl.append(negative_entropy - _dot(p, log_q))
+        return self._cross_entropy(ce), torch.cat(kl)
 
 
-def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values.double(), 0.0).sum(1)
+def _tokens_at_once(device: torch.device, width: int) -> int:
+    """Of tokens with `width` numbers each: on a CPU as many as stay in its cache, elsewhere half a gigabyte of them."""
+    return max(128, (1 << 20 if device.type == "cpu" else 1 << 27) // width)
+
+
+def _at(log_p: Tensor, targets: Tensor) -> Tensor:
+    return log_p.gather(1, targets[:, None])[:, 0]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over the last axis of a * b, without the product in memory."""
-    return torch.einsum("rcv,rcv->rc", a, b)
+    return (a * b).sum(-1)

@@ -5,8 +5,8 @@ library does not import TransformerLens.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from sae_core.errors import ConfigError
 
-# (model, hook point) -> whether the layers below can be left out: found out once a model
-_SKIPPABLE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+# model -> hook point -> whether the layers below can be left out, and under _UNEMBEDDING whether the unembedding can be
+# applied afterwards: found out once a model
+_KNOWN: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+_UNEMBEDDING = "unembed"
 
 
 class Rerun:
     """One clean pass over rows of tokens, then any number of passes with the activations at a hook point replaced.
 
     A pass with replaced activations leaves out the layers below: their blocks hand on the clean pass's residual
-    stream. Whether a model stands that is tried once, by comparing logits; if not, the whole model is run.
+    stream. Passes end ahead of the unembedding, so that logits are made (`logits`) of only the positions that count, a
+    few at a time, and never take more memory than those. Whether a model stands either is tried once, by comparing
+    logits; if not, the whole model is run.
 
     `reads`: another hook point, whose activations the clean pass notes as well (`inputs`): what a transcoder reads. It
     lies at or before `hook_point`, so that replacing activations there does not change it.
@@ -48,7 +52,9 @@ class Rerun:
         self.first_layer = self.layer + 1 if self.kind == "hook_resid_post" else self.layer
 
     def clean(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [rows, context, vocabulary] and activations [rows, context, d] (heads, if any, side by side)."""
+        """What `logits` makes logits of [rows, context, ...], and activations [rows, context, d] (heads, if any, side
+        by side)."""
+        self.ends_early = self._can_end_early(tokens[:1])
         seen: dict[str, Any] = {}
         names = dict.fromkeys((self.hook_point, self.reads))
 
@@ -58,7 +64,7 @@ class Rerun:
         try:
             with self._residual_at_input(seen):
                 hooks = [(name, keep(name)) for name in names]
-                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+                final = self._run_model(tokens, hooks)
         except KeyError as error:  # HookedTransformer; the bridge says nothing and calls no hook
             if not (error.args and error.args[0] in names):
                 raise
@@ -72,11 +78,28 @@ class Rerun:
         self.inputs = seen[self.reads].reshape(*tokens.shape, -1)
         activations = seen[self.hook_point].reshape(*tokens.shape, -1)
         self.skip = self._skippable(activations)
-        return logits, activations
+        return final, activations
 
     def replaced(self, activations: Tensor) -> Tensor:
-        """Logits of the same tokens with `activations` [rows, context, d] at the hook point."""
+        """What `logits` makes logits of, for the same tokens with `activations` [rows, context, d] in their place."""
         return self._run(activations, self.tokens, self.residual)
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of any n positions of what a pass has returned."""
+        return self.model.unembed(final) if self.ends_early else final
+
+    def _run_model(self, tokens: Tensor, hooks: list[tuple]) -> Tensor:
+        if not self.ends_early:
+            return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+        seen = []
+
+        def end(final: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(final.detach())
+            return final[..., :1]
+
+        with _forward_of([self.model.unembed], end):
+            self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+        return seen[0]
 
     def _run(self, activations: Tensor, tokens: Tensor, residual: Tensor) -> Tensor:
         shaped = activations.reshape(len(tokens), *self.shape[1:])
@@ -84,7 +107,7 @@ class Rerun:
             return self._run_hooked(shaped, tokens, residual)
         if self.kind == "hook_resid_post" or self.kind == "hook_resid_pre":
             with self._blocks_hand_on(shaped):
-                return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[])
+                return self._run_model(tokens, [])
         with self._blocks_hand_on(residual):
             return self._run_hooked(shaped, tokens, residual)
 
@@ -98,7 +121,7 @@ class Rerun:
         def replace(activation: Tensor, hook: Any) -> Tensor:
             return value.reshape(activation.shape)
 
-        return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(hook_point, replace), *watches])
+        return self._run_model(tokens, [(hook_point, replace), *watches])
 
     @contextmanager
     def _residual_at_input(self, seen: dict[str, Any]) -> Iterator[None]:
@@ -118,22 +141,25 @@ class Rerun:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def _blocks_hand_on(self, residual: Tensor) -> Iterator[None]:
+    def _blocks_hand_on(self, residual: Tensor) -> AbstractContextManager[None]:
         """Within, every block below `first_layer` returns `residual` without computing anything."""
         output = (residual,) if self.as_tuple else residual
-        skipped = list(self.model.blocks)[: self.first_layer]
-        for block in skipped:
-            # straight into the instance: the bridge's blocks pass attribute assignments on to the wrapped block
-            vars(block)["forward"] = lambda *args, **kwargs: output
-        try:
-            yield
-        finally:
-            for block in skipped:
-                del vars(block)["forward"]
+        return _forward_of(list(self.model.blocks)[: self.first_layer], lambda *args, **kwargs: output)
+
+    def _can_end_early(self, tokens: Tensor) -> bool:
+        """Whether logits are what the unembedding makes of its input: some models cap them afterwards."""
+        known = _KNOWN.setdefault(self.model, {})
+        if _UNEMBEDDING not in known:
+            known[_UNEMBEDDING] = False
+            if isinstance(getattr(self.model, "unembed", None), nn.Module):
+                outcomes = []
+                for self.ends_early in (False, True):
+                    outcomes.append(self.logits(self._run_model(tokens, [])))
+                known[_UNEMBEDDING] = _alike(*outcomes)
+        return known[_UNEMBEDDING]
 
     def _skippable(self, activations: Tensor) -> bool:
-        known = _SKIPPABLE.setdefault(self.model, {})
+        known = _KNOWN.setdefault(self.model, {})
         if self.hook_point not in known:
             if self.kind == "hook_resid_mid":
                 self._check_mid(activations[:1])
@@ -160,10 +186,23 @@ class Rerun:
         for given in (activations, torch.zeros_like(activations)):
             outcomes = []
             for self.skip in (False, True):
-                outcomes.append(self._run(given, tokens, residual))
+                outcomes.append(self.logits(self._run(given, tokens, residual)))
             if not _alike(*outcomes):
                 return False
         return True
+
+
+@contextmanager
+def _forward_of(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, modules compute `forward` in place of what they do."""
+    for module in modules:
+        # straight into the instance: the bridge's modules pass attribute assignments on to the wrapped ones
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)["forward"]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from sae_core.errors import ConfigError
-from sae_core.kernels import Active
+from sae_core.kernels import Active, decode
 from sae_core.normalization import PER_TOKEN, TokenScaling, Whitening, scale_tokens
 from sae_core.settings import SAESettings
 
@@ -137,7 +137,7 @@ class SAE(nn.Module, ABC):
         """Latents of normalised activations."""
 
     def _decode(self, f: Tensor, x: Tensor | None) -> Tensor:
-        x_hat = f @ self.W_dec + self.b_dec
+        x_hat = decode(f, self.W_dec) + self.b_dec
         return x_hat + x @ self.W_skip.T if self.cfg.skip else x_hat
 
     def centre(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The encoder's product, its active (token, latent) pairs, and what a training step does with them."""
 
-from sae_core.kernels.active import Active, DenseActive, SparseActive
+from sae_core.kernels.active import Active, DenseActive, SparseActive, decode
 from sae_core.kernels.select import Above, AtLeast, TopK, batch_top_threshold, encode, encode_batch_top, top_k_mask
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "SparseActive",
     "TopK",
     "batch_top_threshold",
+    "decode",
     "encode",
     "encode_batch_top",
     "top_k_mask",

@@ -230,6 +230,23 @@ class SparseActive:
         return levels
 
 
+def decode(f: Tensor, W_FD: Tensor) -> Tensor:
+    """f [..., F] times W, from the entries that are not 0 where they are few: on a CPU, and without gradients."""
+    with_gradients = torch.is_grad_enabled() and (f.requires_grad or W_FD.requires_grad)
+    if f.device.type != "cpu" or f.dtype != torch.float32 or W_FD.dtype != torch.float32 or with_gradients:
+        return f @ W_FD
+    f_BF = f.detach().reshape(-1, len(W_FD))
+    active = (f_BF != 0).numpy()
+    if np.count_nonzero(active) >= SPARSE_BELOW["cpu"] * f_BF.numel():
+        return f @ W_FD
+    flat = np.flatnonzero(active)
+    bounds = torch.from_numpy(np.searchsorted(flat, np.arange(len(f_BF)) * len(W_FD)))
+    values = f_BF.view(-1)[torch.from_numpy(flat)]
+    latents = torch.from_numpy(flat % len(W_FD))
+    x_BD = embedding_bag(latents, W_FD, bounds, mode="sum", per_sample_weights=values)
+    return x_BD.view(*f.shape[:-1], W_FD.shape[1])
+
+
 def _sparse_rows(bounds: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.sparse_csr_tensor(bounds, columns, values, shape, check_invariants=False)
 

@@ -371,9 +371,10 @@ def test_tokens_and_kept_must_match(tiny_model, tokens, kept):
 def test_cross_entropy_and_kl_of_two_tokens_by_hand():
     # one row of two tokens, two words; clean predicts [1/2, 1/2] twice, the other [1/4, 3/4] twice; the next word is 1
     clean, other = torch.zeros(1, 2, 2), torch.tensor([0.25, 0.75]).log().expand(1, 2, 2)
-    behaviour = _Behaviour(clean, torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
-    assert behaviour.has_next.sum() == 1
-    assert behaviour.ce_clean.tolist() == pytest.approx([math.log(2)])
+    logits = torch.nn.Identity()
+    behaviour = _Behaviour(logits, clean, torch.tensor([[0, 1]]), torch.tensor([[True, True]]))
+    assert behaviour.has_next.tolist() == [True, False]
+    assert behaviour.ce_clean.tolist() == pytest.approx([math.log(2), 0])
     ce, kl = behaviour.compare(other)
-    assert ce.tolist() == pytest.approx([-math.log(0.75)])
-    assert kl.tolist() == pytest.approx([2 * (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75))])
+    assert ce.tolist() == pytest.approx([-math.log(0.75), 0])
+    assert kl.tolist() == pytest.approx([0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)] * 2)
