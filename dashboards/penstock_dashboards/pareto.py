@@ -1,7 +1,7 @@
-"""The Pareto plot of a sweep, as a PNG and as one self-contained HTML page, and the report around it.
+"""The Pareto plot of a sweep as a PNG, for READMEs and MLflow; `report` is the page to look into.
 
 L0 (log) against CE recovered, a panel a hook point, a colour and a marker an architecture; a filled marker is on the
-front of its hook point. Beside the SAEs stand the baselines that an SAE has to beat.
+front of its hook point, bars are 95% intervals. Beside the SAEs stand the baselines that an SAE has to beat.
 """
 
 import math
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from penstock.home import Home
-from penstock.pareto import Band
+from penstock.pareto import Band, pareto_front
 from penstock_dashboards.marks import (
     BASELINES,
     X_LABEL,
@@ -29,7 +28,6 @@ from penstock_dashboards.marks import (
     style_of,
     ticks,
 )
-from penstock_dashboards.page import Source, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,42 +78,6 @@ def write_png(
     return path
 
 
-def write_html(
-    table: pd.DataFrame,
-    baselines: pd.DataFrame,
-    path: str | Path,
-    *,
-    title: str,
-    l0_band: Band | None = None,
-    spec: str = "",
-) -> Path:
-    """The same plot to hover over, and the SAEs as a table to sort and filter, in one HTML file that needs nothing
-    else. `title` is the sweep's name; with its resolved `spec` (YAML) the page says what the figures were measured on.
-
-    Raises `SweepError` when no SAE has been evaluated or the file cannot be written.
-    """
-    return write_page(table, baselines, Path(path), Source(title, title, l0_band, spec))
-
-
-def report(home: Home, sweep: str, to: str | Path) -> Path:
-    """A sweep's report as one HTML file: summary, plot, table, baselines, protocol, cost and spec. Raises `SweepError`.
-
-    The commands in it name the sweep by its id and the home by its path, so that they go on meaning this sweep.
-    """
-    from penstock.tracking import baseline_table, find_sweep, sweep_table
-
-    runs = find_sweep(home, sweep)
-    facts = {"status": runs.status, "started": f"{runs.started.tz_convert(None):%Y-%m-%d %H:%M} UTC"}
-    if "seconds_total" in runs.cost:
-        facts["seconds"] = f"{runs.cost['seconds_total']:,.0f}"
-    if "sae_tokens_per_second" in runs.cost:
-        facts["SAE-tokens a second"] = f"{runs.cost['sae_tokens_per_second']:,.0f}"
-    facts["sweep id"] = runs.sweep_id
-    options = ("--home", str(home.path)) if home.artifact_location else ()
-    source = Source(runs.name, runs.sweep_id, runs.l0_band, runs.spec, facts, runs.cost, options)
-    return write_page(sweep_table(home, runs), baseline_table(home, runs), Path(to), source)
-
-
 # ---- the PNG --------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +110,7 @@ def _draw_panel(
     for kind, group in by_kind(baselines):
         axes.plot(group["x"], group["ce_recovered"], color=_GREY, linestyle=BASELINES[kind][1], linewidth=1.4,
                   marker=".", markersize=5, zorder=2)  # fmt: skip
-    front = points[points["on_front"]]
+    front = points[pareto_front(points.assign(l0=points["l0"].where(points["on_front"])))]
     axes.plot(front["x"], front["ce_recovered"], color=_INK, linewidth=1.5, alpha=0.75, zorder=3)
     for architecture, group in by_architecture(points):
         style = style_of(architecture)
@@ -157,6 +119,21 @@ def _draw_panel(
             axes.scatter(part["x"], part["ce_recovered"], marker=style.marker, s=62 if on_front else 46,
                          facecolor=style.colour if on_front else "white", edgecolor=_INK if on_front else style.colour,
                          linewidth=0.9 if on_front else 1.5, zorder=zorder)  # fmt: skip
+        _draw_intervals(axes, group, style)
+
+
+def _draw_intervals(axes: "Axes", points: pd.DataFrame, style: Style) -> None:
+    """Bars from low to high, up and across, where the table has them."""
+    for name, along in (("ce_recovered", "y"), ("l0", "x")):
+        ends = [f"{name}_low", f"{name}_high"]
+        if set(ends) <= set(points):
+            there = points.dropna(subset=ends)
+            x, y = there["x"], there["ce_recovered"].astype(float)
+            at = x if along == "x" else y
+            # A percentile interval need not hold the figure itself; a bar has no negative length.
+            sides = [(at - there[ends[0]]).clip(lower=0), (there[ends[1]] - at).clip(lower=0)]
+            bars = {f"{along}err": sides}
+            axes.errorbar(x, y, fmt="none", ecolor=style.colour, elinewidth=1.1, zorder=3.5, **bars)
 
 
 def _draw_legend(figure: Any, points: pd.DataFrame, baselines: pd.DataFrame, l0_band: Band | None) -> None:
@@ -173,7 +150,7 @@ def _draw_legend(figure: Any, points: pd.DataFrame, baselines: pd.DataFrame, l0_
     saes.append(Line2D([], [], color=_INK, linewidth=1.5, marker="o", markersize=7, markerfacecolor=_GREY,
                        markeredgecolor=_INK, label="on the front"))  # fmt: skip
     if not points["on_front"].all():
-        saes.append(dot(Style(_GREY, "o", "circle"), "white", _GREY, "not on it"))
+        saes.append(dot(Style(_GREY, _GREY, "o", "circle"), "white", _GREY, "not on it"))
     others: list[Any] = [
         Line2D([], [], color=_GREY, linestyle=BASELINES[kind][1], linewidth=1.4, label=BASELINES[kind][0])
         for kind, _ in by_kind(baselines)
