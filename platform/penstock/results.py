@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from penstock.evaluation import Evaluation, bases, evaluation_of, of_sae
+from penstock.identity import code_hash
 from penstock.pareto import mark_front
 from penstock.plan import FROZEN_DECODER, PlannedSAE
 from penstock.resolved import ResolvedSweep
@@ -56,10 +57,14 @@ def sae_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -> pd.
     evaluation, rows = evaluation or evaluation_of(sweep), []
     for sae in sweep.saes:
         if sae.baseline is None:
-            status, whole, _ = outcome(sweep, sae, evaluation)
+            status, whole, reason = outcome(sweep, sae, evaluation)
+            ended = {"status": status, "reason": reason}
             for prefix, figures in {None: whole, **prefix_figures(sweep, sae, evaluation)}.items():
-                rows.append({"sae_id": sae.sae_id, **sae.params, "prefix": prefix, **figures, "status": status})
+                rows.append({"sae_id": sae.sae_id, **sae.params, "prefix": prefix, **figures, **ended})
     table = pd.DataFrame(rows).astype({"prefix": float})
+    # Settings first, also those that only later rows have: what stands before the figures was asked for.
+    leading = ["sae_id", *dict.fromkeys(name for sae in sweep.saes if sae.baseline is None for name in sae.params)]
+    table = table[[*leading, *table.columns.difference(leading, sort=False)]]
     intervals = [f"{name}_{end}" for name in HEADLINE for end in ("low", "high")]
     missing = [name for name in (*HEADLINE, *intervals) if name not in table]
     table = table.assign(**dict.fromkeys(missing, float("nan")))
@@ -89,7 +94,7 @@ def publish(sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float])
         _publish_sae(sweep, tracker, sae, evaluation)
     table, baselines = sae_table(sweep, evaluation), baseline_table(sweep, evaluation)
     status = "finished" if table["status"].isin(SETTLED).all() else "failed"
-    files = [*_write_files(sweep, table, baselines), _write_rows(sweep, evaluation)]
+    files = [*_write_files(sweep, table, baselines, evaluation.rows(), cost, status), _write_rows(sweep, evaluation)]
     tracker.finish_sweep(status=status, front=table, baselines=baselines, cost=cost, files=files)
     sweep.storage.write_json(sweep.published_file, {"protocol": sweep.protocol, "store": sweep.store.id})
     if status == "finished":
@@ -127,14 +132,60 @@ def _write_rows(sweep: ResolvedSweep, evaluation: Evaluation) -> Path:
     return path
 
 
-def _write_files(sweep: ResolvedSweep, table: Any, baselines: Any) -> Sequence[Path]:
-    from penstock_dashboards.pareto import write_html, write_png
+def sae_details(sweep: ResolvedSweep) -> dict[str, Any]:
+    """The curves and firing rates of the SAEs, as far as they got: the content of `details.json`."""
+    from safetensors.numpy import load
+
+    from penstock_dashboards.details import details
+
+    histories, sparsities, prefixes = {}, {}, {}
+    for sae in sweep.saes:
+        if sae.baseline is not None:
+            continue
+        final = f"saes/{sae.sae_id}/final"
+        prefixes[sae.sae_id] = sae.prefix_widths
+        if sweep.is_finished(sae):
+            histories[sae.sae_id] = sweep.storage.read_json(f"{final}/summary.json")["history"]
+            sparsities[sae.sae_id] = load(sweep.storage.read(f"{final}/sparsity.safetensors"))["sparsity"]
+        else:
+            histories[sae.sae_id] = sweep.stopped(sae).get("history", [])
+    return details(histories, sparsities, prefixes)
+
+
+def _write_files(
+    sweep: ResolvedSweep,
+    table: pd.DataFrame,
+    baselines: pd.DataFrame,
+    rows: pd.DataFrame,
+    cost: Mapping[str, float],
+    status: str,
+) -> Sequence[Path]:
+    from penstock_dashboards.pareto import write_png
+    from penstock_dashboards.report import Source, write_report
 
     folder = report_folder(sweep)
     folder.mkdir(parents=True, exist_ok=True)
-    png, page, protocol = (folder / name for name in ("pareto.png", "pareto.html", "protocol.json"))
-    common = {"title": sweep.spec.name, "l0_band": sweep.spec.select.l0_band}
-    write_png(table, baselines, png, **common)
-    write_html(table, baselines, page, **common, spec=sweep.yaml)
+    names = ("report.html", "protocol.json", "details.json", "pareto.png")
+    page, protocol, details, png = (folder / name for name in names)
+    known = sae_details(sweep)
+    details.write_text(json.dumps(known, allow_nan=False) + "\n")
     protocol.write_text(json.dumps(sweep.protocol, indent=1) + "\n")
-    return [png, page, protocol]
+    band = sweep.spec.select.l0_band
+    source = Source(
+        title=sweep.spec.name,
+        sweep=sweep.sweep_id,
+        l0_band=band,
+        spec=sweep.yaml,
+        facts={"status": status},
+        provenance={"sweep": sweep.sweep_id, "protocol": sweep.protocol_id, "code": code_hash()},
+        protocol=sweep.protocol,
+        cost=cost,
+        options=("--home", str(sweep.home.path)) if sweep.home.artifact_location else (),
+        details=known,
+        rows=rows,
+    )
+    write_report(table, baselines, page, source)
+    if not table["ce_recovered"].notna().any():
+        return [page, protocol, details]
+    write_png(table, baselines, png, title=sweep.spec.name, l0_band=band)
+    return [page, protocol, details, png]
