@@ -71,9 +71,9 @@ def test_the_step_benchmark_compares_every_architecture(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
 def test_the_target_l0_benchmark_trains_both_sides(tmp_path):
     _, figures = quick_run("target_l0", tmp_path, OMP_NUM_THREADS="1")
-    for side in ("ours", "opponent"):
-        l0 = figures[f"blocks.1.hook_resid_post, target L0 8, l0, {side}"]["value"]
-        error = figures[f"blocks.1.hook_resid_post, target L0 8, error of L0, {side}"]["value"]
+    for architecture, side in (("standard", "ours"), ("gated", "ours"), ("jumprelu", "ours"), ("jumprelu", "opponent")):
+        name = f"blocks.1.hook_resid_post, {architecture}, target L0 8"
+        l0, error = (figures[f"{name}, {figure}, {side}"]["value"] for figure in ("l0", "error of L0"))
         assert l0 > 0 and error == pytest.approx(abs(l0 / 8 - 1))
 
 
