@@ -54,7 +54,7 @@ def test_mlflow_has_the_sweep_its_saes_curves_checkpoints_and_cost(submitted):
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
     artifacts = {entry.path for entry in client.list_artifacts(parents[0].info.run_id)}
-    assert {"spec.yaml", "front.json", "pareto.png", "pareto.html"} <= artifacts
+    assert {"spec.yaml", "front.json", "pareto.png", "report.html", "details.json"} <= artifacts
     cost = {name.removeprefix("cost/") for name in parents[0].data.metrics}
     assert {"seconds_train", "seconds_evaluate", "forward_passes", "sae_tokens_per_second"} <= cost
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
