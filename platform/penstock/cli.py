@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import SweepError, UserError
+from penstock.front_table import JSON_KEYS, format_front, format_over_all, front_json
 from penstock.home import Home
+from penstock.text import figure, text_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from penstock.spool import Spool, StreamInfo
 
-JSON_KEYS = ("sae_id", "hook_point", "architecture", "d_sae", "prefix", "l0", "ce_recovered", "kl_recovered",
-             "explained_variance", "dead_fraction", "on_front", "status", "run_id")  # fmt: skip
+__all__ = ["JSON_KEYS", "format_front", "front_json", "main", "text_table"]
 _ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
 _UI_STOP_SECONDS = 5
@@ -107,7 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     front.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
     front.add_argument("--hook-point", metavar="H", help="only this hook point")
     _add_band(front, "only SAEs with an L0 in this band, and the front among them")
+    front.add_argument("--architecture", metavar="A", help="only this architecture, and the front among its SAEs")
+    shape = front.add_mutually_exclusive_group()
+    shape.add_argument("--by", choices=["architecture"], help="a front for each architecture, not one for all")
+    shape.add_argument(
+        "--over-all", action="store_true", help="all hook points in one table, by the CE increase in nats, least first"
+    )
     front.add_argument("--json", action="store_true", help="print a list with one object an SAE")
+
+    compare = command("compare", _compare, "say which features SAEs share, across seeds, widths and architectures")
+    compare.add_argument(
+        "saes", metavar="SAE", nargs="+", help="a folder, SWEEP:SAE_ID or models:/NAME@ALIAS; with --sweep an id"
+    )
+    compare.add_argument("--sweep", metavar="SWEEP", help="the sweep that the ids are of: its name or id")
+    compare.add_argument(
+        "--threshold", metavar="C", type=_cosine, help="the decoder cosine above which a feature is shared (0.7)"
+    )
+    compare.add_argument("--to", metavar="FILE.parquet", help="write in how many of the others each latent is found")
+    compare.add_argument("--json", action="store_true", help="print one object")
 
     evaluate = command("evaluate", _evaluate, "evaluate a sweep's SAEs by another protocol, or any SAE folders")
     evaluate.add_argument(
@@ -199,6 +215,13 @@ def _tokens(text: str) -> int:
     if not isinstance(count, int) or count < 1:
         raise argparse.ArgumentTypeError(f"accepted is a number of tokens of 1 or more, like 50k, not {text!r}")
     return count
+
+
+def _cosine(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"accepted is a cosine above 0 and below 1, not {text!r}")
 
 
 def _amount(text: str) -> float:
@@ -297,9 +320,23 @@ def _list(arguments: argparse.Namespace, home: Home) -> int:
 
 def _front(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.pull import front
+    from penstock.tracking import find_sweep
 
-    table = front(arguments.sweep, hook_point=arguments.hook_point, l0=arguments.l0, home=home)
-    print(front_json(table) if arguments.json else format_front(table))
+    table = front(
+        arguments.sweep,
+        hook_point=arguments.hook_point,
+        architecture=arguments.architecture,
+        l0=arguments.l0,
+        by=arguments.by,
+        home=home,
+    )
+    band = arguments.l0 or find_sweep(home, arguments.sweep).l0_band
+    if arguments.json:
+        print(front_json(table, band))
+    elif arguments.over_all:
+        print(format_over_all(table))
+    else:
+        print(format_front(table, band, by_architecture=arguments.by is not None))
     return 0
 
 
@@ -343,6 +380,19 @@ def _refuse(arguments: argparse.Namespace, here: str, there: str, options: Seque
         raise SweepError(f"{', '.join(given)} cannot be given for {here}; accepted: for {there}")
 
 
+def _compare(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.compare import compare, format_comparison, write_latents
+
+    target = None if arguments.to is None else Path(arguments.to)
+    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+        raise SweepError(f"--to {str(target)!r}: accepted is a file in a folder that is there")
+    comparison = compare(arguments.saes, sweep=arguments.sweep, threshold=arguments.threshold, home=home)
+    if target is not None:
+        write_latents(comparison, target)
+    print(json.dumps(comparison.as_json(), indent=1) if arguments.json else format_comparison(comparison))
+    return 0
+
+
 def _pull(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.pareto import key_of, kind_of
     from penstock.pull import PROVENANCE, pull
@@ -359,7 +409,7 @@ def _pull(arguments: argparse.Namespace, home: Home) -> int:
     picked = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     print(
         f"{folder}: {kind_of(picked)} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "
-        f"CE recovered {_figure(picked.get('ce_recovered'), 4)} (SAE {key_of(picked)})\n"
+        f"CE recovered {figure(picked.get('ce_recovered'), 4)} (SAE {key_of(picked)})\n"
         f"load it with: from sae_core import SAE; sae = SAE.load({str(folder)!r})"
     )
     return 0
@@ -518,99 +568,6 @@ def _terminated_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def front_json(table: "pd.DataFrame") -> str:
-    """A list with one object an SAE, with `JSON_KEYS`; null where a figure is missing."""
-    records = [{key: _plain(record.get(key)) for key in JSON_KEYS} for record in table.to_dict("records")]
-    whole = ("d_sae", "prefix")
-    return json.dumps([record | {key: _whole(record[key]) for key in whole} for record in records], indent=1)
-
-
-def format_front(table: "pd.DataFrame") -> str:
-    """A sweep's table (see `tracking.sweep_table`) as aligned text, by hook point and L0; `*` marks the front.
-
-    Beside the figures it shows the settings that differ between the SAEs, the sparsity coefficients in one column.
-    """
-    from penstock.pareto import by_hook_point
-
-    if table.empty:
-        return "no SAEs"
-    settings = _varying_settings(table)
-    statuses = ["status"] if (table["status"] != "finished").any() else []
-    header = ["", "architecture", "d_sae", "sparsity", *settings, "L0", "CE rec.", "KL rec.", "expl. var.", "dead",
-              *statuses, "sae_id"]  # fmt: skip
-    right = {"d_sae", "L0", "CE rec.", "KL rec.", "expl. var.", "dead", *settings}
-    ordered = by_hook_point(table).to_dict("records")
-    rows = [_front_row(record, settings, statuses) for record in ordered]
-    head, _, *lines = text_table(header, rows, right=right).splitlines()
-    parts: list[str] = []
-    for record, line in zip(ordered, lines, strict=True):
-        title = f"\n{record['hook_point']}\n{head}"
-        if title not in parts:
-            parts.append(title)
-        parts.append(line)
-    count = int(table["on_front"].sum())
-    return "\n".join(parts).lstrip("\n") + f"\n\n* on the Pareto front of its hook point: {count} of {len(table)}"
-
-
-_SPARSITY = ("k", "l1_coefficient", "target_l0", "l0_coefficient")
-
-
-def _varying_settings(table: "pd.DataFrame") -> list[str]:
-    columns = list(table.columns)
-    known = {"sae_id", "hook_point", "architecture", "d_sae", "prefix", *_SPARSITY}
-    candidates = [name for name in columns[: columns.index("l0")] if name not in known]
-    return [name for name in candidates if table[name].astype(str).nunique() > 1]
-
-
-def _front_row(record: dict[str, Any], settings: Sequence[str], statuses: Sequence[str]) -> list[str]:
-    from penstock.pareto import key_of, kind_of
-
-    sparsity = [f"{name}={_number(record[name])}" for name in _SPARSITY if _plain(record.get(name)) is not None]
-    figures = [_figure(record["l0"], 2)]
-    figures += [_figure(record[name], 4) for name in ("ce_recovered", "kl_recovered", "explained_variance")]
-    return [
-        "*" if record["on_front"] else "", kind_of(record), _number(record["d_sae"]), " ".join(sparsity),
-        *[_number(record[name]) for name in settings], *figures, _figure(record["dead_fraction"], 3),
-        *[str(record[name]) for name in statuses], key_of(record),
-    ]  # fmt: skip
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: set[str] | None = None) -> str:
-    """Aligned columns, two spaces apart, with a rule below the header; `right` names the right-aligned ones."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [cell.rjust(width) if name in (right or ()) else cell.ljust(width)
-                   for name, cell, width in zip(header, cells, widths, strict=True)]  # fmt: skip
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value of a table's cell: None for NaN, infinities and NA."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole(value: Any) -> Any:
-    """A column of whole numbers with gaps is a column of floats."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _number(value: Any) -> str:
-    plain = _whole(_plain(value))
-    return "" if plain is None else f"{plain:g}" if isinstance(plain, float) else str(plain)
-
-
-def _figure(value: Any, decimals: int) -> str:
-    plain = _plain(value)
-    return "-" if plain is None else f"{plain:.{decimals}f}"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pandas as pd
 
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
+from penstock.text import text_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -249,18 +250,24 @@ def _stored(storage: "Storage", sae: "PlannedSAE") -> "Tensor | None":
             return None
 
 
+def write_latents(comparison: Comparison, to: Path) -> None:
+    """The comparison's `latents` as a Parquet file. Raises `SweepError` where it cannot be written."""
+    try:
+        comparison.latents.to_parquet(to, index=False)
+    except OSError as error:
+        raise SweepError(f"cannot write {str(to)!r}: {error.strerror or error}") from None
+
+
 # ---- as text --------------------------------------------------------------------------------------------------------
 
 
 def format_comparison(comparison: Comparison) -> str:
     """The SAEs, the matrix of shares and a line a pair, as aligned text."""
-    from penstock.cli import text_table
-
     numbers = [str(place + 1) for place in range(len(comparison.dictionaries))]
     shares = comparison.shares()
     rows = [
         [number, one.name, one.architecture, str(one.d_sae), str(len(one.latents)), f"{comparison.stability(one):.3f}",
-         *(f"{share:.3f}" if number != numbers[at] else "-" for at, share in enumerate(row))]
+         *("-" if number == numbers[at] else f"{share:.3f}" for at, share in enumerate(row))]
         for number, one, row in zip(numbers, comparison.dictionaries, shares, strict=True)
     ]  # fmt: skip
     header = ["", "SAE", "architecture", "d_sae", "live", "stability", *(f"in {number}" for number in numbers)]

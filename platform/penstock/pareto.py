@@ -269,7 +269,7 @@ def select(
     """
     hook_point = resolve_hook_point(table, hook_point)
     at_hook = table[table["hook_point"] == hook_point]
-    asked = at_hook if architecture is None else _of_architecture(at_hook, architecture)
+    asked = at_hook if architecture is None else of_architecture(at_hook, architecture)
     rows = None if rows is None or rows.empty else rows
     front = asked[mark_front(asked, l0_band, rows)["on_front"].to_numpy()]
     if front.empty:
@@ -358,7 +358,8 @@ def seed_groups(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(groups)
 
 
-def _of_architecture(table: pd.DataFrame, architecture: str) -> pd.DataFrame:
+def of_architecture(table: pd.DataFrame, architecture: str) -> pd.DataFrame:
+    """The rows of an architecture. Raises `SweepError`, saying what there is, for none."""
     rows = table[table["architecture"] == architecture]
     if rows.empty:
         known = ", ".join(sorted(table["architecture"].dropna().unique())) or "none"

@@ -18,7 +18,17 @@ import pandas as pd
 
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
-from penstock.pareto import Band, by_hook_point, find_sae, in_band, key_of, mark_front, resolve_hook_point, select
+from penstock.pareto import (
+    Band,
+    by_hook_point,
+    find_sae,
+    in_band,
+    key_of,
+    mark_front,
+    of_architecture,
+    resolve_hook_point,
+    select,
+)
 from penstock.registry import fetch_version, find_version, is_model_uri
 from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep, sweep_table
 
@@ -33,21 +43,37 @@ _OURS = {CONFIG, WEIGHTS, SPARSITY, PROVENANCE}
 
 
 def front(
-    sweep: str, *, hook_point: str | None = None, l0: Band | None = None, home: str | Home | None = None
+    sweep: str,
+    *,
+    hook_point: str | None = None,
+    architecture: str | None = None,
+    l0: Band | None = None,
+    by: str | None = None,
+    home: str | Home | None = None,
 ) -> pd.DataFrame:
-    """Every SAE of a sweep, one row each, by hook point and L0; `on_front` says which of them no other beats.
+    """Every SAE of a sweep, one row each, by hook point and L0; `on_front` says which of them no other dominates (see
+    `penstock.pareto`), `dominated_by` what does.
 
     `sweep` is a name (its latest run) or an id, `hook_point` a hook point as the table has it (`READS -> WRITES` for
     transcoders, or what they read alone). An SAE's prefixes have rows of their own, with a `prefix`. With a band `l0`
-    only SAEs inside it are listed, and the front is the one among them; without, it is the one in the spec's band.
-    Raises `SweepError` for a sweep or hook point that is not there.
+    or an `architecture` only such SAEs are listed, and the front is the one among them; without a band, it is the one
+    in the spec's. With `by="architecture"` each architecture has a front of its own. Raises `SweepError` for a sweep,
+    hook point or architecture that is not there.
     """
     runs = find_sweep(_home(home), sweep)
     table = sweep_table(runs.home, runs)
     if hook_point is not None:
         table = table[table["hook_point"] == resolve_hook_point(table, hook_point)]
-    if l0 is not None:
-        table = mark_front(table[in_band(table, l0)], l0)
+    if architecture is not None:
+        table = of_architecture(table, architecture)
+    if by not in (None, "architecture"):
+        raise SweepError(f"by {by!r}: accepted is 'architecture'")
+    if l0 is not None or architecture is not None or by is not None:
+        band = l0 or runs.l0_band
+        table = table if l0 is None else table[in_band(table, l0)]
+        groups = [table] if by is None or table.empty else [group for _, group in table.groupby("architecture")]
+        rows = runs.evaluation_rows()
+        table = pd.concat([mark_front(group, band, rows) for group in groups], ignore_index=True)
     return by_hook_point(table)
 
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from penstock.compare import seed_stability
 from penstock.evaluation import Evaluation, bases, evaluation_of, of_sae
 from penstock.identity import code_hash
 from penstock.pareto import mark_front
 from penstock.plan import FROZEN_DECODER, PlannedSAE
+from penstock.registry import hand_over
 from penstock.resolved import ResolvedSweep
 from penstock.statistics import HEADLINE
+from penstock.targets import missed
 from penstock.tracking import ROWS_FILE
 
 if TYPE_CHECKING:
@@ -50,10 +53,13 @@ def prefix_figures(
     return found
 
 
-def sae_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -> pd.DataFrame:
+def sae_table(
+    sweep: ResolvedSweep, evaluation: Evaluation | None = None, stability: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """One row an SAE and one a prefix, baselines left out: settings, figures with their 95% intervals (`l0_low`,
-    `l0_high`, ...), status, whether it is on the front and who dominates it. Figures are those that are published,
-    unless another evaluation of the sweep's SAEs is given."""
+    `l0_high`, ...), status, whether it is on the front and who dominates it, which of the spec's targets it misses.
+    Figures are those that are published, unless another evaluation of the sweep's SAEs is given. `stability`: by SAE
+    id, from `compare.seed_stability`, the column `seed_stability`."""
     evaluation, rows = evaluation or evaluation_of(sweep), []
     for sae in sweep.saes:
         if sae.baseline is None:
@@ -68,7 +74,9 @@ def sae_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -> pd.
     intervals = [f"{name}_{end}" for name in HEADLINE for end in ("low", "high")]
     missing = [name for name in (*HEADLINE, *intervals) if name not in table]
     table = table.assign(**dict.fromkeys(missing, float("nan")))
-    return mark_front(table, sweep.spec.select.l0_band, evaluation.rows())
+    whole = table["prefix"].isna()
+    table = table.assign(seed_stability=table["sae_id"].where(whole).map(stability or {}).astype(float))
+    return missed(mark_front(table, sweep.spec.select.l0_band, evaluation.rows()), sweep.spec.targets)
 
 
 def baseline_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -> pd.DataFrame:
@@ -90,12 +98,15 @@ def baseline_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -
 def publish(sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float]) -> pd.DataFrame:
     """Log every SAE's end, the tables, the plots and the cost. Returns the table."""
     evaluation = evaluation_of(sweep)
+    finished = [sae for sae in sweep.saes if sae.baseline is None and sweep.is_finished(sae)]
+    stability = seed_stability(sweep.storage, finished)
     for sae in sweep.saes:
-        _publish_sae(sweep, tracker, sae, evaluation)
-    table, baselines = sae_table(sweep, evaluation), baseline_table(sweep, evaluation)
+        _publish_sae(sweep, tracker, sae, evaluation, stability)
+    table, baselines = sae_table(sweep, evaluation, stability), baseline_table(sweep, evaluation)
     status = "finished" if table["status"].isin(SETTLED).all() else "failed"
     files = [*_write_files(sweep, table, baselines, evaluation.rows(), cost, status), _write_rows(sweep, evaluation)]
     tracker.finish_sweep(status=status, front=table, baselines=baselines, cost=cost, files=files)
+    hand_over(sweep.home, sweep.sweep_id)
     sweep.storage.write_json(sweep.published_file, {"protocol": sweep.protocol, "store": sweep.store.id})
     if status == "finished":
         record = {"saes": [sae.sae_id for sae in sweep.saes], "cost": dict(cost)}
@@ -107,8 +118,12 @@ def report_folder(sweep: ResolvedSweep) -> Path:
     return sweep.home.path / "reports" / sweep.sweep_id
 
 
-def _publish_sae(sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE, evaluation: Evaluation) -> None:
+def _publish_sae(
+    sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE, evaluation: Evaluation, stability: Mapping[str, float]
+) -> None:
     status, figures, reason = outcome(sweep, sae, evaluation)
+    if sae.sae_id in stability:
+        figures |= {"seed_stability": stability[sae.sae_id]}
     for width, of_prefix in prefix_figures(sweep, sae, evaluation).items():
         figures |= {f"prefix_{width}.{name}": value for name, value in of_prefix.items()}
     if status == "finished":

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _INSIDE = 1.1
 _ROOM = 1.25
 """How far below the band's upper end an L0 has to be for more latents a token to be the first thing to try."""
+_MANY_DEAD = 0.2
+"""Above this share of dead latents width is not what an SAE lacks."""
 _COEFFICIENTS = {"l1_coefficient": "l1_warm_up_steps", "l0_coefficient": "l0_warm_up_steps"}
 
 
@@ -106,7 +108,7 @@ def _closer(record: Mapping[str, Any], l0: float, band: tuple[float, float] | No
         aim = min(band[1] / _INSIDE, 2 * l0)
         return f"{_sparsity(record, l0, aim)}, as the band leaves room"
     ways = [] if band is not None else [_sparsity(record, l0, 1.5 * l0)]
-    if dead is not None and dead > 0.2:
+    if dead is not None and dead > _MANY_DEAD:
         ways.append("fewer dead latents, before any more width")
     elif prefix is not None:
         ways.append(f"a wider prefix (is {prefix:g})")
@@ -129,8 +131,8 @@ def _fewer_dead(record: Mapping[str, Any], dead: float) -> str:
     if _number(record, "resample_every_steps") is None and record.get("frozen_decoder") is not True:
         ways.append("resample_every_steps")
     width = _number(record, "prefix") or _number(record, "d_sae")
-    if width is not None:
-        ways.append(f"a width of {math.ceil(width * (1 - dead)):g}, as many as are alive (is {width:g})")
+    if width is not None and dead > _MANY_DEAD:
+        ways.append(f"a width of {math.ceil(width * (1 - dead)):g}, what is alive (is {width:g})")
     return ", or ".join(ways)
 
 

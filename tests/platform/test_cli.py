@@ -52,13 +52,15 @@ def test_front_as_json_has_exactly_the_promised_keys(capsys, finished_home):
     assert main(["front", "demo", "--json"]) == 0
     saes = json.loads(capsys.readouterr().out)
     assert [sae["sae_id"] for sae in saes] == ["early-4", "early-8", "early-9", "early-32", "late-8", "late-16"]
-    assert all(tuple(sae) == JSON_KEYS for sae in saes)
+    assert all(tuple(sae)[: len(JSON_KEYS)] == JSON_KEYS for sae in saes)
     run_ids = {run.data.tags["sae_id"]: run.info.run_id for run in find_sweep(finished_home, "demo").children()}
-    assert saes[1] == {
+    assert saes[1].items() >= {
         "sae_id": "early-8", "hook_point": EARLY, "architecture": "topk", "d_sae": 6, "prefix": None, "l0": 8.0,
         "ce_recovered": 0.9, "kl_recovered": 0.89, "explained_variance": 0.7, "dead_fraction": 0.25, "on_front": True,
-        "status": "finished", "run_id": run_ids["early-8"],
-    }  # fmt: skip
+        "status": "finished", "run_id": run_ids["early-8"], "k": 8, "seed": 0, "dominated_by": None, "certain": False,
+        "knee": False, "hypervolume": pytest.approx((0.8 * math.log(2) + 0.9 * math.log(2)) / math.log(8)),
+    }.items()  # fmt: skip
+    assert [sae["dominated_by"] for sae in saes] == [None, None, "early-8", None, None, None]
     assert (saes[5]["status"], saes[5]["l0"], saes[5]["on_front"]) == ("diverged", None, False)
 
 
@@ -82,6 +84,14 @@ def test_pull_says_what_it_took_and_how_to_load_it(capsys, tmp_path):
     [
         (["front", "demx"], "no sweep 'demx' in"),
         (["front", "demo", "--hook-point", "x"], f"it has {EARLY}, {LATE}"),
+        (["front", "demo", "--architecture", "x"], "no SAE with architecture 'x' in this sweep; it has topk"),
+        (["compare", "demo:early-4"], "1 SAE to compare; accepted: two or more"),
+        (["compare", "demo:early-4", "demo:early-4"], "'demo:early-4' is named twice"),
+        (["compare", "demo:early-4", "demo:nosuch"], "no SAE 'nosuch' in this sweep"),
+        (["compare", "demo:early-4", "nosuch"], "SAE 'nosuch': there is no such folder; accepted"),
+        (["compare", "early-4", "early-8", "--sweep", "nosuch"], "no sweep 'nosuch' in"),
+        (["compare", "demo:early-4", "demo:late-16"], "SAE late-16 is diverged"),
+        (["compare", "a", "b", "--to", "no/such/x.parquet"], "accepted is a file in a folder that is there"),
         (["pull", "demo", "--hook-point", "x", "--to", "y"], f"no hook point 'x' in this sweep; it has {EARLY}"),
         (["pull", "demo", "--hook-point", LATE, "--l0", "90:", "--to", "y"], "there are 8"),
         (["report", "nosuch", "--to", "x.html"], "no sweep 'nosuch'"),
@@ -99,6 +109,37 @@ def test_what_a_user_got_wrong_is_one_message_and_status_2(arguments, message, c
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("penstock: ") and message in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_front_of_one_architecture_by_architecture_and_over_all(capsys):
+    assert main(["front", "demo", "--architecture", "topk", "--by", "architecture"]) == 0
+    out = capsys.readouterr().out
+    assert f"{EARLY} · topk" in out and "on the Pareto front of its hook point and architecture: 3 of 6" in out
+    assert main(["front", "demo", "--over-all"]) == 0
+    out = capsys.readouterr().out
+    # CE increases of 0.08, 0.4, 0.6, 0.8 and 1.2 nats; early-32 lies outside the spec's band.
+    ids = [line.split()[-1] for line in out.splitlines() if line]
+    assert ids[2:7] == ["early-32", "early-8", "early-9", "early-4", "late-8"]
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("*  ")] == ["early-8", "early-4"]
+    assert "on (L0, CE increase in nats a token)" in out
+
+
+def test_compare_says_what_is_shared_and_writes_each_latents_stability(capsys, tmp_path):
+    target = tmp_path / "latents.parquet"
+    assert main(["compare", "early-4", "early-8", "--sweep", "demo", "--to", str(target), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)  # the sweep's SAEs are all of one seed
+    assert found["shares"] == [[1, 1], [1, 1]] and found["pairs"][0]["a"] == "early-4"
+    assert len(pd.read_parquet(target)) == 12
+    assert main(["compare", "demo:early-4", "demo:early-8", "--threshold", "0.9"]) == 0
+    assert "mutual nearest neighbours of a decoder cosine above 0.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cosine", ["0", "1", "x", "-0.5", "nan"])
+def test_a_threshold_that_is_no_cosine_is_refused(cosine, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", "a", "b", f"--threshold={cosine}"])
+    assert exit_.value.code == 2
+    assert f"accepted is a cosine above 0 and below 1, not '{cosine}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("band", ["9:4", "x", "1:2:3", "5"])
@@ -208,6 +249,7 @@ def test_the_text_shows_the_settings_that_differ_and_hides_a_status_that_is_alwa
         "   architecture  d_sae  sparsity            seed    L0  CE rec.  KL rec.  expl. var.   dead  sae_id",
         "   standard         64  l1_coefficient=0.5     1  4.00   0.8000   0.8000      0.4000      -  b",
         "*  topk             64  k=8                    0  8.00   0.9000   0.9000      0.5000  0.000  a",
+        "   hypervolume 0.8000 (log L0 in 4:8, from CE recovered 0)",
         "",
         "* on the Pareto front of its hook point: 1 of 2",
     ])  # fmt: skip

@@ -71,15 +71,15 @@ def test_dead_latents_have_the_remedies_of_their_architecture():
     assert standard == (
         "dead_fraction 0.25 > 0.05",
         "fewer dead: try l1_warm_up_steps 400 (is 200), or try lr 0.004 (is 0.008), or resample_every_steps, or a "
-        "width of 768, as many as are alive (is 1024)",
+        "width of 768, what is alive (is 1024)",
     )
     assert "l0_warm_up_steps of a tenth of the run (is 0)" in judged(
         dead_fraction=0.25, l0_coefficient=1.0, l0_warm_up_steps=0
     )[1]
     topk = judged(dead_fraction=0.25, k=100, aux_coefficient=0.0, resample_every_steps=500.0)[1]
     assert topk == (
-        "fewer dead: aux_coefficient above 0, which revives latents, or half of train.lr, or a width of 768, as many "
-        "as are alive (is 1024)"
+        "fewer dead: aux_coefficient above 0, which revives latents, or half of train.lr, or a width of 768, what is "
+        "alive (is 1024)"
     )
     assert judged(dead_fraction=0.25, ce_recovered=0.7, l0=190.0)[1].startswith(
         "closer: fewer dead latents, before any more width, or more train.tokens; fewer dead: "
