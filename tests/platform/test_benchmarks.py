@@ -166,8 +166,9 @@ def test_the_search_benchmark_prunes_fills_and_compares_hypervolumes(tmp_path):
     _, figures = quick_run("search", tmp_path, versions=("penstock", "torch"))
     volume = "hypervolume, blocks.1.hook_resid_post"
     assert 0 < figures[f"{volume}, ours"]["value"] < 1 and 0 < figures[f"{volume}, opponent"]["value"] < 1
-    assert figures["SAEs stopped wrongly, of those stopped, opponent"]["value"] >= 1
-    # Six in the grid; every second of five and the one that learns nothing, and eight at most that are added.
-    assert figures["SAEs trained to the end, opponent"]["value"] == 6
-    assert 3 < figures["SAEs trained to the end, ours"]["value"] <= 12
-    assert figures["SAE-tokens, ours"]["value"] < (1 + figures["SAEs trained to the end, ours"]["value"]) * 0.006144
+    assert figures["the grid, pruned: stopped wrongly, of those stopped, opponent"]["value"] >= 1
+    assert figures["the grid, pruned: SAE-tokens, ratio"]["value"] < 1
+    # Seven in the grid; two of every third and the one that learns nothing, and three at most that are added.
+    assert figures["SAEs trained to the end, opponent"]["value"] == 7
+    assert 3 < figures["SAEs trained to the end, ours"]["value"] <= 6
+    assert figures["SAE-tokens, ours"]["value"] < (1 + figures["SAEs trained to the end, ours"]["value"]) * 0.004096
