@@ -39,6 +39,24 @@ def test_the_id_of_an_sae_stays_what_it_was_in_the_first_release():
     assert [sae.sae_id for sae in saes] == ["595c0eeb5021", "36a7eaeaf9ee"]
 
 
+def test_a_coefficient_keeps_the_id_that_it_had_before_there_was_a_target():
+    entries = ("standard, d_sae: 8x, l1_coefficient: 1, l1_warm_up_steps: 100", "gated, d_sae: 8x, l1_coefficient: 1",
+               "jumprelu, d_sae: 8x, target_l0: 8")  # fmt: skip
+    model = ModelDescription("m", 1, 16, None, 100, 1000, "fingerprint", {WRITES: 16})
+    ids = [plan_saes(spec_of(WRITES, entry=f"{{architecture: {one}}}"), model, "tokens")[0].sae_id for one in entries]
+    assert ids == ["0bb94cf40547", "a813540b75ea", "6dc62696f5e1"]
+
+
+def test_targets_are_an_axis_of_every_architecture_with_a_coefficient():
+    for name in ("standard", "gated", "jumprelu"):
+        saes = planned(WRITES, entry=f"{{architecture: {name}, d_sae: 8x, target_l0: [2, 5.5]}}")
+        assert [sae.params.get("target_l0") for sae in saes] == [2, 5.5, None]  # the last is the baseline
+        assert not any("coefficient" in shown for sae in saes[:2] for shown in sae.params if shown[:2] in ("l1", "l0"))
+        assert warnings(spec_of(WRITES), saes) == []
+    with pytest.raises(SpecError, match=r"saes\[0\]: target_l0 is 65: accepted is at most d_sae \(64\)"):
+        planned(WRITES, entry="{architecture: gated, d_sae: 8x, target_l0: [20, 65]}")
+
+
 def test_what_is_not_at_its_default_is_part_of_the_id():
     plain, skipping = planned(SITE)[0], planned(SITE, entry=TOPK.replace("k: 8", "k: 8, skip: true"))[0]
     cosine = plan_saes(parse_spec(SPEC.replace("HOOKS", SITE).replace("ENTRY", TOPK).replace("1024}", "1024, "
