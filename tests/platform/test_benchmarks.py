@@ -77,6 +77,15 @@ def test_the_target_l0_benchmark_trains_both_sides(tmp_path):
         assert l0 > 0 and error == pytest.approx(abs(l0 / 8 - 1))
 
 
+@pytest.mark.compat
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
+def test_the_evaluation_benchmark_finds_equal_figures(tmp_path):
+    _, figures = quick_run("evaluation", tmp_path, "--threads", "1")
+    assert figures["deep-70: 20 SAEs at blocks.2.hook_resid_post, ratio"]["value"] > 0
+    assert figures["deep-70: multiplications below, ours"]["value"] >= 70
+    assert figures["deep-70: greatest difference of a figure, ours"]["value"] <= 100  # millionths
+
+
 def test_a_ratio_says_how_many_times_better_ours_is():
     spec = importlib.util.spec_from_file_location("benchmark_common", ROOT / "jobs/benchmarks/common.py")
     assert spec is not None and spec.loader is not None
