@@ -4,8 +4,9 @@ The finished SAEs of a sweep are evaluated again on model hosts, on other data, 
 ablation; what was published stays as it is.
 
 Only documents of the `report` split are used, whatever the dataset. The split is decided by a document's content, so
-the documents that a sweep of Penstock was trained on are never among them, also where two datasets share some. Of an
-SAE from elsewhere nobody here knows the documents; the split is no worse for it than any other choice.
+the documents that a sweep of Penstock was trained on are never among them, also where two datasets share some; unless
+one has them as texts and the other as token ids, which are not known to be the same. Of an SAE from elsewhere nobody
+here knows the documents; the split is no worse for it than any other choice.
 
 Whatever has been evaluated by a protocol is found again in storage and not computed anew.
 """
@@ -97,11 +98,11 @@ def resolve(home: Home, runs: SweepRuns) -> ResolvedSweep:
     changed since. Raises `SweepError` where its storage holds no finished SAE, or it would be another one now."""
     spec = parse_spec(runs.spec, source=f"the spec of sweep {runs.name}")
     storage = Storage(home.storage_uri(spec.storage))
-    finished = [
+    finished = {
         run.data.tags["sae_id"]
         for run in runs.children()
         if run.data.tags.get("status") == "finished" and "baseline" not in run.data.tags
-    ]
+    }
     if not any(storage.is_committed(f"saes/{sae_id}/final") for sae_id in finished):
         raise SweepError(
             f"sweep {runs.name!r} has no finished SAE to evaluate"
@@ -113,10 +114,10 @@ def resolve(home: Home, runs: SweepRuns) -> ResolvedSweep:
     else:  # it has not come to its end
         store = build_token_store(spec.data, spec.model, spec.train, storage, progress=say)
     sweep = ResolvedSweep(spec, describe_model(spec.model), store, storage, home)
-    if sweep.sweep_id != runs.sweep_id:
+    if not finished & {sae.sae_id for sae in sweep.saes}:
         raise SweepError(
-            f"sweep {runs.name!r} ({runs.sweep_id}) is not what its spec comes to now ({sweep.sweep_id}): its model, "
-            "its dataset or the rules of identity have changed; accepted: those that it was run with"
+            f"the SAEs of sweep {runs.name!r} are not those that its spec comes to now: its model, its dataset or what "
+            "an SAE's id is made of has changed; accepted: what it was run with"
         )
     return sweep
 

@@ -1,7 +1,6 @@
 """What an evaluation came to, for people and for programs: its protocol, SAEs with their intervals, baselines."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import pandas as pd
 from penstock.identity import content_id
 from penstock.pareto import by_hook_point, key_of, kind_of
 from penstock.statistics import HEADLINE
+from penstock.text import figure, number, plain, text_table
 from penstock.tracking import SPARSITY_SETTINGS
 
 # name: its title, and its decimals
@@ -73,8 +73,6 @@ def describe_protocol(protocol: Mapping[str, Any]) -> str:
 
 def _format(table: pd.DataFrame, baselines: pd.DataFrame) -> str:
     """One table a hook point, by L0, with 95% intervals; `*` marks the front."""
-    from penstock.cli import text_table
-
     named = baselines.rename(columns={"kind": "architecture"}).assign(sae_id="", on_front=False)
     both = pd.concat([part for part in (table, named) if not part.empty], ignore_index=True)
     header = ["", "architecture", "d_sae", "sparsity", *(title for title, _ in _SHOWN.values()), "dominated by", "SAE"]
@@ -92,15 +90,14 @@ def _format(table: pd.DataFrame, baselines: pd.DataFrame) -> str:
 
 
 def _text_row(record: Mapping[str, Any]) -> list[str]:
-    sparsity = [f"{name}={record[name]:g}" for name in SPARSITY_SETTINGS if _plain(record.get(name)) is not None]
+    sparsity = [f"{name}={number(record[name])}" for name in SPARSITY_SETTINGS if plain(record.get(name)) is not None]
     figures = [
-        "{} [{}, {}]".format(*(_figure(record.get(key), decimals) for key in (name, f"{name}_low", f"{name}_high")))
+        "{} [{}, {}]".format(*(figure(record.get(key), decimals) for key in (name, f"{name}_low", f"{name}_high")))
         for name, (_, decimals) in _SHOWN.items()
     ]
-    width, dominated = _plain(record.get("d_sae")), _plain(record.get("dominated_by"))
     return [
-        "*" if record["on_front"] else "", kind_of(record), "" if width is None else f"{width:g}", " ".join(sparsity),
-        *figures, dominated or "", key_of(record) if record["sae_id"] else "",
+        "*" if record["on_front"] else "", kind_of(record), number(record.get("d_sae")), " ".join(sparsity),
+        *figures, plain(record.get("dominated_by")) or "", key_of(record) if record["sae_id"] else "",
     ]  # fmt: skip
 
 
@@ -108,16 +105,6 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """JSON's rows of a table, null where a figure is missing."""
     found = []
     for record in table.to_dict("records"):
-        values = {key: _plain(record[key]) for key in _JSON_KEYS if key in record}
+        values = {key: plain(record[key]) for key in _JSON_KEYS if key in record}
         found.append(values | {key: int(values[key]) for key in _WHOLE if values.get(key) is not None})
     return found
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _figure(value: Any, decimals: int) -> str:
-    plain = _plain(value)
-    return "-" if plain is None else f"{plain:.{decimals}f}"

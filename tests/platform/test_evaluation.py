@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -448,11 +450,29 @@ def test_a_number_of_tokens_is_one_or_more(value, capsys):
 def test_a_sweep_without_a_finished_sae_is_refused(sweep, folder, inputs, capsys, tmp_path):
     from penstock.tracking import TrackedSAE, Tracker
 
-    young, _ = resolve(write_spec(tmp_path / "young.yaml", inputs, "young", HOOK, TOPK), Home(tmp_path / "home"))
+    one = "{architecture: topk, d_sae: 8, k: 3}"
+    young, _ = resolve(write_spec(tmp_path / "young.yaml", inputs, "young", HOOK, one), sweep.home)
     tracker = Tracker(young.home, "young", young.sweep_id)
     tracker.open(young.yaml, {}, [TrackedSAE(sae.sae_id, sae.hook_point, sae.params) for sae in candidates(young)])
     assert main(["evaluate", "young", "--home", str(young.home.path)]) == 2
     assert "sweep 'young' has no finished SAE to evaluate" in capsys.readouterr().err
+
+
+def test_a_model_that_is_another_one_by_now_is_refused(sweep, inputs, tmp_path, capsys):
+    model, data = shutil.copytree(inputs[0], tmp_path / "model"), inputs[1]
+    one = "{architecture: topk, d_sae: 8, k: 2}"
+    run_sweep(write_spec(tmp_path / "moved.yaml", (model, data), "moved", HOOK, one), sweep.home)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 0.5}))
+    assert main(["evaluate", "moved", "--home", str(sweep.home.path)]) == 2
+    assert "the SAEs of sweep 'moved' are not those that its spec comes to now: its model" in capsys.readouterr().err
+
+
+def test_the_job_is_the_command():
+    job = Path(__file__).parents[2] / "jobs" / "evaluate.py"
+    command = [sys.executable, job, "plain", "--home", "s3://bucket/home"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("penstock: --home 's3://bucket/home' is a URI")
 
 
 def test_too_few_documents_of_a_dataset_are_told_in_the_commands_words(sweep, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import penstock as platform_api
 import sae_core
 from penstock.home import Home
+from penstock.tracking import find_sweep
 from ray_head import ROOT, assert_same, cost, penstock, wait_for
 
 pytestmark = pytest.mark.ray
@@ -81,6 +82,23 @@ def test_the_best_sae_is_pulled_and_encodes(submitted, tmp_path):
     assert pulled.cfg.metadata["hook_name"] == HOOKS[1]
     frame = platform_api.front("small", home=home)
     assert set(frame["hook_point"]) == set(HOOKS)
+
+
+def test_a_sweep_is_evaluated_again_on_the_cluster_by_another_protocol(submitted, head):
+    home, _, _ = submitted
+    command = ["evaluate", "small", "--tokens", "3k", "--ablation", "mean", "--address", head.address, "--json"]
+    done = penstock(*command, home=home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["protocol"]["report_tokens"], found["protocol"]["ablation"]) == (3000, "mean")
+    assert len(found["saes"]) == 8 and {one["hook_point"] for one in found["saes"]} == set(HOOKS)
+    for one in found["saes"]:
+        assert one["n_tokens"] >= 3000 and one["l0_low"] <= one["l0"] <= one["l0_high"]
+    again = penstock(*command, home=home)
+    assert again.returncode == 0 and again.stdout == done.stdout and "there already" in again.stderr
+    assert "joining the Ray cluster" in done.stderr and "joining" not in again.stderr
+    runs = find_sweep(Home.resolve(str(home)), "small")
+    assert len(list(runs.artifact("evaluations").iterdir())) == 2
 
 
 def test_the_same_spec_again_does_nothing_and_one_more_k_trains_one_sae(submitted, head):
