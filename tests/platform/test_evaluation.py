@@ -25,6 +25,8 @@ from penstock.resolved import ResolvedSweep
 from penstock.results import sae_table
 from penstock.sae_folders import evaluate_folders
 from penstock.search import Figures, Stop, stops
+from penstock.session import this_machine
+from penstock.spec import ResourceSpec
 from penstock.statistics import HEADLINE, Bootstrap
 from penstock.storage import Storage
 from penstock.subjects import load_mean, load_subject
@@ -316,6 +318,16 @@ def test_on_another_dataset_its_report_documents_alone_are_used(sweep, on_this_h
     other = TokenStore.open(sweep.storage, found.protocol["tokens"])
     assert (other.rows("report", 0, 5) == sweep.store.rows("report", 0, 5)).all()
     assert found.table["n_tokens"].iloc[0] == sae_table(sweep)["n_tokens"].iloc[0]
+
+
+def test_a_sweep_of_a_large_cluster_is_evaluated_with_what_this_machine_has():
+    wanted = ResourceSpec(model_hosts=64, cpus_per_host=1, gpus_per_host=99, cpus_per_pack=0)
+    machine = this_machine()
+    fitting = evaluate_module._fitting(wanted)
+    assert fitting.model_hosts == 1 and fitting.gpus_per_host == machine.nodes[0]["GPU"]
+    assert machine.pack_slots(fitting) > 0
+    modest = wanted.model_copy(update={"gpus_per_host": 0})
+    assert 1 <= evaluate_module._fitting(modest).model_hosts <= machine.nodes[0]["CPU"]
 
 
 # ---- penstock evaluate FOLDER... ------------------------------------------------------------------------------------
