@@ -29,6 +29,7 @@ from sae_core.functional import (
     top_k_mask,
     topk,
 )
+from sae_core.kernels import decode
 from sae_core.kernels.select import _top_k_mask_by_index
 from sae_core.sae import Gradients, SAEConfig, StepContext
 from sae_core.schedules import lr_factor, warm_up
@@ -301,6 +302,18 @@ METRICS = {
     "kl_recovered": 0.75, "kl_sae": 1.0, "kl_ablated": 4.0, "explained_variance": 1 - 3 / 8, "mse": 1.5,
     "cosine": 0.75, "l2_ratio": 0.5, "relative_reconstruction_bias": 0.5, "n_tokens": 2,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5])
+def test_decoding_from_few_active_latents_is_the_product(density):
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(3, 4, 60, generator=generator) * (torch.rand(3, 4, 60, generator=generator) < density)
+    W = torch.randn(60, 7, generator=generator)
+    for given in (f, f[0], f[0, 0], f[:0]):
+        torch.testing.assert_close(decode(given, W), given @ W)
+    f.requires_grad_()
+    decode(f, W).sum().backward()
+    torch.testing.assert_close(f.grad, W.sum(1).expand(3, 4, 60))
 
 
 def test_evaluation_metrics_from_sums():

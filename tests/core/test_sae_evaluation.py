@@ -323,6 +323,37 @@ def test_layers_below_are_left_out_and_the_model_is_as_before(tiny_model, tokens
     assert torch.equal(tiny_model(tokens, return_type="logits"), before)
 
 
+def test_logits_are_made_of_kept_positions_alone(tiny_model, tokens, kept):
+    hook_point = "blocks.1.hook_resid_post"
+    saes = {"b": TopKBasis.neurons(calibrate(activations_of(tiny_model, hook_point, tokens)[kept]), 4)}
+    expected = evaluate_rows(tiny_model, saes, hook_point, tokens, kept, rows_per_forward=5)["b"].metrics()
+    positions = []
+    handle = tiny_model.unembed.register_forward_hook(lambda module, given, logits: positions.append(len(logits)))
+    found = evaluate_rows(tiny_model, saes, hook_point, tokens, kept, rows_per_forward=5)["b"].metrics()
+    handle.remove()
+    assert found == expected
+    n_kept = int(kept.sum())
+    assert [n for n in positions if n > 5] == [n_kept] * 3  # clean, ablated, SAE
+
+
+def test_a_model_that_caps_its_logits_is_run_to_its_end(tokens, kept):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+        config = HookedTransformerConfig(
+            n_layers=2, d_model=32, n_ctx=16, d_head=8, n_heads=4, d_vocab=50, act_fn="gelu", seed=1, device="cpu",
+            output_logits_soft_cap=1.5,
+        )  # fmt: skip
+        model = HookedTransformer(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(4)
+    hook_point = "blocks.0.hook_resid_post"
+    sae = TopKBasis.pca(calibrate(activations_of(model, hook_point, tokens)[kept]), 10)
+    found = evaluate_rows(model, {"b": sae}, hook_point, tokens, kept, rows_per_forward=2)["b"].metrics()
+    assert found == pytest.approx(expected_metrics(model, sae, hook_point, tokens, kept), rel=2e-3, abs=2e-5)
+
+
 def test_an_error_in_the_middle_leaves_the_model_as_before(tiny_model, tokens):
     before = tiny_model(tokens, return_type="logits")
     rerun = Rerun(tiny_model, "blocks.1.hook_resid_post")

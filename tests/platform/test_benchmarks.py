@@ -80,7 +80,7 @@ def test_the_target_l0_benchmark_trains_both_sides(tmp_path):
 @pytest.mark.compat
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs the released sae_lens")
 def test_the_evaluation_benchmark_finds_equal_figures(tmp_path):
-    _, figures = quick_run("evaluation", tmp_path, "--threads", "1")
+    _, figures = quick_run("evaluation", tmp_path, "--threads", "1", OMP_NUM_THREADS="1")
     assert figures["deep-70: 20 SAEs at blocks.2.hook_resid_post, ratio"]["value"] > 0
     assert figures["deep-70: multiplications below, ours"]["value"] >= 70
     assert figures["deep-70: greatest difference of a figure, ours"]["value"] <= 100  # millionths
