@@ -15,19 +15,19 @@ pytestmark = pytest.mark.ray
 SPEC = """\
 name: searched
 model: {name: demo}
-data: {dataset: demo, context_size: 64, search_tokens: 4k, report_tokens: 2k, block_tokens: 8192}
+data: {dataset: demo, context_size: 64, search_tokens: 4k, report_tokens: 2k, block_tokens: 16k}
 hook_points: [blocks.1.hook_resid_post]
-train: {tokens: 64k, batch_tokens: 256, lr: 4.0e-3, checkpoints: 1}
+train: {tokens: 192k, batch_tokens: 256, lr: 4.0e-3, checkpoints: 1}
 saes:
-  - {architecture: topk, d_sae: 2x, k: [4, 24]}
-  - {architecture: topk, d_sae: 2x, k: 25, lr: 1.0e-6}  # the same, and it learns nothing
-  - {architecture: standard, d_sae: 2x, l1_coefficient: 500}  # dead after some steps
+  - {architecture: topk, d_sae: 4x, k: [4, 24]}
+  - {architecture: topk, d_sae: 4x, k: 25, lr: 1.0e-6}  # the same, and it learns nothing
+  - {architecture: standard, d_sae: 4x, l1_coefficient: 500}  # explains nothing, and is dead soon
 baselines: {k: [8]}
 select: {l0_band: 4:32}
 search: {prune: true, fill: 2}
 resources: {model_hosts: 1, cpus_per_host: 0.5, cpus_per_pack: 0.75}
 """
-TOKENS = 250 * 256
+STEPS = 750
 
 
 def test_a_sweep_killed_between_its_rounds_goes_on_with_the_same_decisions(head, tmp_path):
@@ -62,12 +62,12 @@ def test_a_sweep_killed_between_its_rounds_goes_on_with_the_same_decisions(head,
     assert len(added) == len(proposals) and {row["status"] for row in added} <= {"finished", "pruned"}
     pruned = {row["sae_id"]: row for row in rows if row["status"] == "pruned"}
     reasons = sorted(json.loads(path.read_text())["reason"] for path in home.glob("sweeps/*/pruned/????????????.json"))
-    assert any(reason.startswith("dead: L0 0") for reason in reasons)
+    assert any(reason.startswith(("dead: L0 0", "it explains nothing")) for reason in reasons)
     assert any("beats it at equal tokens" in reason for reason in reasons)
     for path in home.glob("sweeps/*/pruned/*-run.json"):
         run = json.loads(path.read_text())
         sae_id = path.name.removesuffix("-run.json")
         assert sae_id in pruned and math.isnan(pruned[sae_id]["l0"]) and not pruned[sae_id]["on_front"]
-        assert 0 < run["step"] < 250 and run["history"][-1]["tokens"] <= run["step"] * 256
+        assert 0 < run["step"] < STEPS and run["history"][-1]["tokens"] <= run["step"] * 256
     # The second driver trained what was added, and nothing else.
-    assert cost(home)["sae_tokens"] <= len(proposals) * TOKENS
+    assert cost(home)["sae_tokens"] <= len(proposals) * STEPS * 256
