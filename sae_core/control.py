@@ -10,6 +10,9 @@ The reference falls along a line of log(L0), from the first batch's L0 to the ta
 target and the line is corrected, and one below the target not by the sum, which would overshoot later. Times are shares
 of the run's steps, so that a longer run is controlled in proportion. From `FREEZE` on the coefficient stays.
 
+A run can move its coefficient about a thousandfold, up or down. A target that is not reached by that (one above what is
+active without a penalty, say) is not reached: the SAE is saved with the L0 that it has, which its figures show.
+
 All of it is arithmetic on tensors of the training state, so that no step waits for a device, and a resumed run goes on
 bit for bit.
 

@@ -26,7 +26,7 @@ from sae_core.sae import SAE, Gradients, StepContext, StepTerms, TrainableSAE
 from sae_core.schedules import warm_up
 from sae_core.settings import SAESettings
 
-# Of `target_l0`, see control.py.
+# Of `target_l0`, see control.py; as in standard.py.
 CONTROL = L0Controller(at_start=0.5, gain=1.0, rate=30.0, descent=0.15)
 
 

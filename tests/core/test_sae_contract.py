@@ -200,7 +200,7 @@ def test_export_is_the_trained_function_on_raw_activations(trainer, data):
     run(trainer, data, 40)
     scale = data.calibration.scale
     x = data.x[:500]
-    # with thresholds calibrated on x, where the trained SAE takes x for one batch; not where there is a target L0
+    # with thresholds calibrated on x, where the trained SAE takes x for one batch; without, where that would move L0
     tokens = None if hasattr(trainer.settings, "target_l0") else x
     sae = trainer.export({"hook_name": "blocks.0.hook_resid_post"}, tokens=tokens)
     torch.testing.assert_close(sae(x), trainer.sae(x * scale) / scale, rtol=1e-5, atol=1e-5)
