@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from penstock.errors import SweepError
+from penstock.errors import SweepError, UserError
 from penstock.home import Home
 from penstock.identity import content_id
 from penstock.notes import figures_table, load_code, write_notes
@@ -68,7 +68,7 @@ def hand_over(home: Home, sweep: str) -> None:
     winners: dict[str, Winner] = {}
     try:
         winners = register(runs, table)
-    except SweepError as error:
+    except UserError as error:
         _log.warning("the SAEs on the front of %s are not registered as models: %s", runs.name, error)
     write_notes(runs, table, {key: winner.uri for key, winner in winners.items()})
 

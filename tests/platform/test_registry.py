@@ -178,7 +178,8 @@ def test_a_transcoders_model_has_a_legal_name(home, tmp_path):
 
 def test_a_prefix_on_the_front_is_a_version_with_files_of_its_own(home, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    cfg = SAEConfig(architecture="jumprelu", d_in=4, d_sae=6, metadata={"hook_name": EARLY})
+    metadata = {"hook_name": EARLY, "matryoshka": {"widths": [3, 6]}}
+    cfg = SAEConfig(architecture="jumprelu", d_in=4, d_sae=6, metadata=metadata)
     shapes = JumpReLUSAE.shapes(cfg)
     whole = JumpReLUSAE(cfg, {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()})
     whole.save(tmp_path / "sae", sparsity=torch.full((6,), -1.0))
