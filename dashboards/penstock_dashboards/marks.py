@@ -1,8 +1,8 @@
 """What the plot and the page share: how an architecture and a baseline look, which rows are drawn, and where.
 
-Every architecture has a colour and a marker of its own. The colours stand out from the page's white and dark grounds
-(contrast of 3 or more, WCAG 1.4.11) and from each other in every kind of colour vision (CIELAB distance of 20 or more
-with protanopia, deuteranopia and tritanopia simulated after Machado et al., 2009).
+Every architecture has a colour and a marker of its own. The colours stand out from the page's light and dark grounds
+(contrast of 3 or more, WCAG 1.4.11) and from each other in every kind of colour vision (CIELAB distance of 18 or more,
+protanopia, deuteranopia and tritanopia simulated after Machado et al., 2009; to be seen apart takes about 2).
 """
 
 import math
@@ -27,12 +27,12 @@ class Style:
 
 
 STYLES = {
-    "standard": Style("#434C9B", "#5B91F5", "o", "circle"),
+    "standard": Style("#3A4290", "#5B91F5", "o", "circle"),
     "gated": Style("#AA0F0B", "#E56B3C", "s", "square"),
     "topk": Style("#138440", "#17D592", "^", "triangle"),
     "batch_topk": Style("#BA417E", "#BE76A8", "D", "diamond"),
-    "jumprelu": Style("#BE8708", "#F3D02A", "P", "plus"),
-    "matryoshka": Style("#0092F0", "#C5E4FF", "v", "triangle-down"),
+    "jumprelu": Style("#B38000", "#F3D02A", "P", "plus"),
+    "matryoshka": Style("#0086E2", "#C5E4FF", "v", "triangle-down"),
 }
 OTHERS = (
     Style("#882E72", "#C98BD0", "X", "cross"),

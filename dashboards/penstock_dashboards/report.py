@@ -290,7 +290,8 @@ def _why(
         return found
     by = _text(record, "dominated_by")
     if record["on_front"]:
-        found.append(["On the front of its hook point: as far as can be told, none of its width that is as sparse recovers more.", ""])
+        said = "as far as can be told, none of its width that is as sparse recovers more"
+        found.append([f"On the front of its hook point: {said}.", ""])
     elif not in_the_band:
         found.append(["Not on the front: its L0 lies outside the band that the front is taken in.", ""])
     elif by in by_key:

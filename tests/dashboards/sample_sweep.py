@@ -220,36 +220,38 @@ CHROMIUM_SWITCHES = (
 )  # fmt: skip
 
 
-def take_screenshots(report: Path, folder: Path, names: Sequence[str] = ()) -> None:
-    """Pictures of a report in a folder: `desktop-light.png` (the top, for a README), `desktop-dark.png`, `whole.png`,
-    `detail.png`, `phone.png` and `phone-detail.png`, or those named."""
+SHOTS = {  # width, height, colour scheme, the whole page, an SAE opened
+    "desktop-light": (1280, 900, "light", False, False),
+    "desktop-dark": (1280, 900, "dark", False, False),
+    "whole": (1280, 900, "light", True, False),
+    "whole-dark": (1280, 900, "dark", True, False),
+    "detail": (1280, 900, "light", False, True),
+    "detail-dark": (1280, 900, "dark", False, True),
+    "phone": (390, 844, "light", True, False),
+    "phone-detail": (390, 844, "light", False, True),
+}
+
+
+def take_screenshots(report: Path, folder: Path, names: Sequence[str] = (), browser: Any = None) -> None:
+    """Pictures `NAME.png` of a report in a folder: all of `SHOTS`, or those named. `desktop-light` is the top of the
+    page, for a README. They are taken in a Playwright browser, one of their own unless one is given."""
     from playwright.sync_api import sync_playwright
 
-    shots = {  # width, height, colour scheme, whole page, detail opened
-        "desktop-light": (1280, 900, "light", False, False),
-        "desktop-dark": (1280, 900, "dark", False, False),
-        "whole": (1280, 900, "light", True, False),
-        "whole-dark": (1280, 900, "dark", True, False),
-        "detail": (1280, 900, "light", False, True),
-        "detail-dark": (1280, 900, "dark", False, True),
-        "phone": (390, 844, "light", True, False),
-        "phone-detail": (390, 844, "light", False, True),
-    }
+    if browser is None:
+        with sync_playwright() as playwright:
+            own = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_SWITCHES))
+            take_screenshots(report, folder, names, own)
+            return own.close()
     folder.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_SWITCHES))
-        for name in names or shots:
-            width, height, scheme, whole, opened = shots[name]
-            page = browser.new_page(
-                viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=2,
-                reduced_motion="reduce",
-            )  # fmt: skip
-            page.goto(report.resolve().as_uri())
-            if opened:
-                page.locator("#answers .link").last.click()
-            page.screenshot(path=folder / f"{name}.png", full_page=whole)
-            page.close()
-        browser.close()
+    for name in names or SHOTS:
+        width, height, scheme, whole, opened = SHOTS[name]
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=2)
+        page.goto(report.resolve().as_uri())
+        if opened:
+            page.locator("#answers .link").last.click()
+        page.screenshot(path=folder / f"{name}.png", full_page=whole, animations="disabled")
+        page.close()
+    return None
 
 
 def main() -> None:

@@ -103,13 +103,20 @@ function copyable(code, what) {
   return element("div", { className: "copy" }, block, button);
 }
 
+/** Whether it was copied. By way of the selection first: that needs no right that a file or a frame may lack. */
 async function copied(code, block) {
+  getSelection().selectAllChildren(block);
+  try {
+    if (document.execCommand("copy")) {
+      getSelection().removeAllRanges();
+      return true;
+    }
+  } catch {}
   try {
     await navigator.clipboard.writeText(code);
     return true;
-  } catch {  // a page without the right to the clipboard, as inside MLflow's frame: the selection can still be copied
-    getSelection().selectAllChildren(block);
-    try { return document.execCommand("copy"); } catch { return false; }
+  } catch {
+    return false;
   }
 }
 

@@ -103,9 +103,9 @@ class Panel {
     this.svg.addEventListener("pointermove", event => this.hover(event));
     this.svg.addEventListener("pointerleave", () => this.leave());
     this.svg.addEventListener("click", event => this.click(event));
-    this.svg.addEventListener("keydown", event => this.key(event));
-    this.svg.addEventListener("focusin", event => this.focus(event));
-    this.svg.addEventListener("focusout", () => this.leave());
+    this.root.addEventListener("keydown", event => this.key(event));
+    this.root.addEventListener("focusin", event => this.focus(event));
+    this.root.addEventListener("focusout", () => this.leave());
   }
 
   draw(range, seen) {
