@@ -62,7 +62,8 @@ def format_front(table: "pd.DataFrame", l0_band: "Band | None" = None, *, by_arc
     volumes, band = _hypervolumes(ordered, l0_band, sections), hypervolume_band(ordered, l0_band)
     parts: list[str] = []
     for key, group in ordered.groupby(sections, sort=False):
-        parts.append("\n".join([" · ".join(key), head, *(lines[position] for position in group.index)]))
+        title = " · ".join(key) + ("" if columns.has_widths else f", d_sae {number(group['d_sae'].iloc[0])}")
+        parts.append("\n".join([title, head, *(lines[position] for position in group.index)]))
         if band is not None:
             inside = f"log L0 in {band[0]:.3g}:{band[1]:.3g}, from CE recovered 0"
             parts[-1] += f"\n   hypervolume {volumes[key]:.4f} ({inside})"
@@ -123,12 +124,18 @@ class _Columns:
         self.has_stability = "seed_stability" in table and bool(table["seed_stability"].notna().any())
         self.has_rounds = "proposed" in table and bool(table["proposed"].notna().any())
         self.knees = _knees(table, sections)
+        self.has_widths = table["d_sae"].nunique() > 1
+        self.has_intervals = "ce_recovered_low" in table and bool(table["ce_recovered_low"].notna().any())
+        # Intervals take the room of KL recovered, which orders SAEs much as CE recovered does; --json has it.
+        self.further = [("explained_variance", "expl. var.")]
+        self.further = [*([] if self.has_intervals else [("kl_recovered", "KL rec.")]), *self.further]
         self.right = {"d_sae", "L0", "CE rec.", "KL rec.", "expl. var.", "dead", "stable", "round",
                       *self.settings}  # fmt: skip
 
     def header(self) -> list[str]:
         return [
-            "", "architecture", "d_sae", "sparsity", *self.settings, "L0", "CE rec.", "KL rec.", "expl. var.", "dead",
+            "", "architecture", *(["d_sae"] if self.has_widths else []), "sparsity", *self.settings, "L0", "CE rec.",
+            *(title for _, title in self.further), "dead",
             *(["stable"] if self.has_stability else []), *(["round"] if self.has_rounds else []),
             *(["status"] if self.has_status else []), *(["missed"] if self.has_targets else []), "sae_id",
             *(["dominated by"] if self.has_dominated else []),
@@ -139,11 +146,11 @@ class _Columns:
 
         figures = [_with_interval(self.table, name, decimals) for name, decimals in
                    (("l0", 2), ("ce_recovered", 4))]  # fmt: skip
-        figures += [[figure(record[name], 4) for record in self.records]
-                    for name in ("kl_recovered", "explained_variance")]  # fmt: skip
+        figures += [[figure(record[name], 4) for record in self.records] for name, _ in self.further]
         return [
             [
-                self._mark(label, record), kind_of(record), number(record["d_sae"]), _sparsity(record),
+                self._mark(label, record), kind_of(record), *([number(record["d_sae"])] if self.has_widths else []),
+                _sparsity(record),
                 *(cells[at] for cells in self.settings.values()), *(cells[at] for cells in figures),
                 figure(record["dead_fraction"], 3),
                 *([_or_empty(record["seed_stability"], 3)] if self.has_stability else []),
@@ -301,7 +308,7 @@ def _legend(table: "pd.DataFrame", columns: _Columns) -> str:
         lines.append("k the front's knee, the point farthest above its chord in (log L0, CE recovered)")
     if any(record.get("certain") is True for record in columns.records):
         lines.append("! certain: all seeds, two at least on either side, say the same of it")
-    if "ce_recovered_low" in table and table["ce_recovered_low"].notna().any():
+    if columns.has_intervals:
         lines.append("± half of the 95% interval over documents; dominated where the paired difference says so")
     if columns.has_stability:
         lines.append("stable: share of live latents found again in the other seeds of the same settings")

@@ -470,7 +470,8 @@ class Driver(Session):
         from penstock.cli import format_front
         from penstock.tracking import sweep_table
 
-        print("\n" + format_front(sweep_table(self.home, self.sweep.sweep_id)) + "\n", flush=True)
+        table = sweep_table(self.home, self.sweep.sweep_id)
+        print(f"\n{format_front(table, self.sweep.spec.select.l0_band)}\n", flush=True)
 
     def _print_next(self, table: Any) -> None:
         from penstock.results import report_folder

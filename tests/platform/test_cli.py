@@ -11,8 +11,9 @@ import urllib.request
 import pandas as pd
 import pytest
 
+import penstock
 from penstock.cli import JSON_KEYS, format_front, front_json, main, text_table
-from penstock.errors import SpecError
+from penstock.errors import SpecError, SweepError
 from penstock.tracking import find_sweep
 from tracked_sweep import EARLY, LATE
 
@@ -40,9 +41,9 @@ def test_front_prints_a_table_a_hook_point_with_the_front_marked(capsys):
     assert main(["front", "demo"]) == 0
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("*  ")] == [
-        "*  topk              6  k=4        4.00   0.8000   0.7900      0.7000  0.250  finished  early-4",
-        "*  topk              6  k=8        8.00   0.9000   0.8900      0.7000  0.250  finished  early-8",
-        "*  topk              6  k=8        8.00   0.7000   0.6900      0.7000  0.250  finished  late-8",
+        "*  topk          k=4        4.00   0.8000   0.7900      0.7000  0.250  finished  early-4",
+        "*  topk          k=8        8.00   0.9000   0.8900      0.7000  0.250  finished  early-8",
+        "*  topk          k=8        8.00   0.7000   0.6900      0.7000  0.250  finished  late-8",
     ]
     assert out.index(EARLY) < out.index("early-32") < out.index(LATE) < out.index("late-16")
     assert "on the Pareto front of its hook point: 3 of 6" in out
@@ -92,6 +93,8 @@ def test_pull_says_what_it_took_and_how_to_load_it(capsys, tmp_path):
         (["compare", "early-4", "early-8", "--sweep", "nosuch"], "no sweep 'nosuch' in"),
         (["compare", "demo:early-4", "demo:late-16"], "SAE late-16 is diverged"),
         (["compare", "a", "b", "--to", "no/such/x.parquet"], "accepted is a file in a folder that is there"),
+        (["pull", "demo", "--to", "y"], "accepted is a hook point to pick from"),
+        (["pull", "models:/x@best", "--to", "y"], "no registered model 'x'; there is none"),
         (["pull", "demo", "--hook-point", "x", "--to", "y"], f"no hook point 'x' in this sweep; it has {EARLY}"),
         (["pull", "demo", "--hook-point", LATE, "--l0", "90:", "--to", "y"], "there are 8"),
         (["report", "nosuch", "--to", "x.html"], "no sweep 'nosuch'"),
@@ -114,7 +117,7 @@ def test_what_a_user_got_wrong_is_one_message_and_status_2(arguments, message, c
 def test_front_of_one_architecture_by_architecture_and_over_all(capsys):
     assert main(["front", "demo", "--architecture", "topk", "--by", "architecture"]) == 0
     out = capsys.readouterr().out
-    assert f"{EARLY} · topk" in out and "on the Pareto front of its hook point and architecture: 3 of 6" in out
+    assert f"{EARLY} · topk, d_sae 6" in out and "on the Pareto front of its hook point and architecture: 3 of 6" in out
     assert main(["front", "demo", "--over-all"]) == 0
     out = capsys.readouterr().out
     # CE increases of 0.08, 0.4, 0.6, 0.8 and 1.2 nats; early-32 lies outside the spec's band.
@@ -122,6 +125,8 @@ def test_front_of_one_architecture_by_architecture_and_over_all(capsys):
     assert ids[2:7] == ["early-32", "early-8", "early-9", "early-4", "late-8"]
     assert [line.split()[-1] for line in out.splitlines() if line.startswith("*  ")] == ["early-8", "early-4"]
     assert "on (L0, CE increase in nats a token)" in out
+    with pytest.raises(SweepError, match="by 'd_sae': accepted is 'architecture'"):
+        penstock.front("demo", by="d_sae")
 
 
 def test_compare_says_what_is_shared_and_writes_each_latents_stability(capsys, tmp_path):
@@ -150,7 +155,7 @@ def test_a_band_that_is_none_is_refused(band, capsys):
     assert f"an L0 band is LO:HI with LO at most HI (50:200), not '{band}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["fornt"], ["front"], ["submit", "x.yaml"], ["pull", "demo", "--to", "x"],
+@pytest.mark.parametrize("arguments", [[], ["fornt"], ["front"], ["submit", "x.yaml"], ["pull", "demo"],
                                        ["spool"], ["spool", "prune", "--keep", "nan"],
                                        ["spool", "prune", "--keep", "1", "--stream", "a"]])  # fmt: skip
 def test_a_wrong_command_exits_with_status_2(arguments, capsys):
@@ -245,10 +250,10 @@ def table(**columns) -> pd.DataFrame:
 def test_the_text_shows_the_settings_that_differ_and_hides_a_status_that_is_always_finished():
     text = format_front(table(k=[8, math.nan], l1_coefficient=[math.nan, 0.5], seed=[0, 1], lr=[1e-3, 1e-3]))
     assert text == "\n".join([
-        "h",
-        "   architecture  d_sae  sparsity            seed    L0  CE rec.  KL rec.  expl. var.   dead  sae_id",
-        "   standard         64  l1_coefficient=0.5     1  4.00   0.8000   0.8000      0.4000      -  b",
-        "*  topk             64  k=8                    0  8.00   0.9000   0.9000      0.5000  0.000  a",
+        "h, d_sae 64",
+        "   architecture  sparsity            seed    L0  CE rec.  KL rec.  expl. var.   dead  sae_id",
+        "   standard      l1_coefficient=0.5     1  4.00   0.8000   0.8000      0.4000      -  b",
+        "*  topk          k=8                    0  8.00   0.9000   0.9000      0.5000  0.000  a",
         "   hypervolume 0.8000 (log L0 in 4:8, from CE recovered 0)",
         "",
         "* on the Pareto front of its hook point: 1 of 2",

@@ -35,8 +35,15 @@ def test_a_setting_at_its_architectures_default_is_no_column():
     rows[0]["pre_act_coefficient"] = 0.5
     assert "pre_act_coefficient" in head(rows)
     row = next(line for line in lines(rows) if line.endswith("  j"))
-    assert row.split()[:4] == ["*", "jumprelu", "64", "l0_coefficient=1"]
-    assert row.split()[4] == "5.00"  # the default leaves its cell empty
+    assert row.split()[:3] == ["*", "jumprelu", "l0_coefficient=1"]
+    assert row.split()[3] == "5.00"  # the default leaves its cell empty
+
+
+def test_a_width_that_all_have_stands_in_the_title():
+    rows = [sae("s", "topk", 4.0, 0.8, k=4), sae("t", "topk", 5.0, 0.9, k=5)]
+    assert lines(rows)[0] == "a, d_sae 64" and "d_sae" not in head(rows)
+    rows[1]["d_sae"] = 128
+    assert lines(rows)[0] == "a" and "d_sae" in head(rows)
 
 
 def test_what_was_set_for_some_architectures_alone_is_a_column():
@@ -105,8 +112,8 @@ def test_each_architecture_can_have_a_part_of_its_own():
     rows = [sae("t", "topk", 4.0, 0.8), sae("g", "gated", 3.0, 0.7), sae("u", "topk", 5.0, 0.9)]
     out = lines(rows, by_architecture=True)
     titles = [line for line in out if line.startswith("a · ")]
-    assert titles == ["a · gated", "a · topk"]
-    assert out.index("a · topk") < next(at for at, line in enumerate(out) if line.endswith("  t"))
+    assert titles == ["a · gated, d_sae 64", "a · topk, d_sae 64"]
+    assert out.index("a · topk, d_sae 64") < next(at for at, line in enumerate(out) if line.endswith("  t"))
 
 
 def test_the_table_over_all_hook_points_is_by_ce_increase():
@@ -127,6 +134,7 @@ def test_forty_saes_fit_a_wide_terminal():
             l0_low=19.0, l0_high=21.0, dominated_by=f"{at:016x}" if at % 4 else None, on_front=at % 4 == 0)
         for at in range(40)
     ]  # fmt: skip
+    rows[0]["d_sae"] = 2048
     out = lines(rows)
     assert len(out) < 60 and max(len(line) for line in out) <= 140
 
