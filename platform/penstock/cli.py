@@ -146,8 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one object: the protocol, SAEs and baselines")
 
     pull = command("pull", _pull, "fetch the SAE with the highest CE recovered at a hook point, or one by its id")
-    pull.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
-    which = pull.add_mutually_exclusive_group(required=True)
+    pull.add_argument(
+        "sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id; or a registered model, models:/NAME@best"
+    )
+    which = pull.add_mutually_exclusive_group()
     which.add_argument("--hook-point", metavar="H", help="the best of this hook point")
     which.add_argument("--sae", metavar="ID", help="this one: an id or the beginning of one, ID[WIDTH] for a prefix")
     pull.add_argument("--architecture", metavar="A", help="only this architecture")
@@ -407,9 +409,15 @@ def _pull(arguments: argparse.Namespace, home: Home) -> int:
         home=home,
     )
     picked = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    if "model" in picked:
+        what = f"{picked['model']}, version {picked['version']}"
+    else:
+        what = (
+            f"{kind_of(picked)} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "
+            f"CE recovered {figure(picked.get('ce_recovered'), 4)} (SAE {key_of(picked)})"
+        )
     print(
-        f"{folder}: {kind_of(picked)} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "
-        f"CE recovered {figure(picked.get('ce_recovered'), 4)} (SAE {key_of(picked)})\n"
+        f"{folder}: {what}\n"
         f"load it with: from sae_core import SAE; sae = SAE.load({str(folder)!r})"
     )
     return 0

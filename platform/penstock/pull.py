@@ -161,7 +161,7 @@ def _choose(
     if (hook_point is None) == (sae is None) or (sae is not None and (architecture is not None or l0 is not None)):
         raise SweepError(
             f"hook_point {hook_point!r}, sae {sae!r}: accepted is a hook point to pick from (architecture and l0 "
-            "narrow it down), or an SAE alone"
+            "narrow it down), or an SAE alone, or the address of a registered model in place of the sweep"
         )
     runs = find_sweep(home, sweep)
     table = sweep_table(home, runs)

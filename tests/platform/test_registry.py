@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 import penstock
 from mlflow_servers import mlflow_server
+from penstock.cli import main
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
 from penstock.notes import NOTE
@@ -220,7 +221,7 @@ def test_a_registered_sae_loads_by_alias_version_and_latest(home, tmp_path):
         client(home).delete_registered_model_alias(EARLY_MODEL, "für_das-Papier")
 
 
-def test_a_registered_sae_is_pulled_with_its_provenance(home, tmp_path):
+def test_a_registered_sae_is_pulled_with_its_provenance(home, tmp_path, capsys):
     folder = penstock.pull(f"models:/{EARLY_MODEL}@best", to=tmp_path / "sae", home=home)
     assert sorted(path.name for path in folder.iterdir()) == [
         "cfg.json", "penstock.json", "sae_weights.safetensors", "sparsity.safetensors",
@@ -229,6 +230,9 @@ def test_a_registered_sae_is_pulled_with_its_provenance(home, tmp_path):
     assert (provenance["model"], provenance["name"]) == (f"models:/{EARLY_MODEL}@best", EARLY_MODEL)
     assert (provenance["penstock.sae"], provenance["ce_recovered"]) == ("early-8", "0.9")
     penstock.pull("demo", hook_point=EARLY, to=folder, home=home)  # it is known as a pulled one
+    pull = ["pull", f"models:/{LATE_MODEL}@l0-8", "--to", str(folder), "--home", str(home.path)]
+    assert main(pull) == 0
+    assert f"models:/{LATE_MODEL}@l0-8, version 1\nload it with: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
