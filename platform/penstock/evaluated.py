@@ -66,7 +66,8 @@ def describe_protocol(protocol: Mapping[str, Any]) -> str:
         f"context {protocol['context_size']} {'with' if protocol['bos'] else 'without'} BOS",
         f"{protocol['ablation']} ablation",
         f"left out: {', '.join(left_out) or 'nothing'}",
-        f"{protocol['dtype']}, processing {protocol['processing']}",
+        f"model {protocol['model'] + ' ' if 'model' in protocol else ''}in {protocol['dtype']}, "
+        f"processing {protocol['processing']}",
     ]
     return f"protocol   {content_id(protocol)}: {'; '.join(parts)}"
 
