@@ -114,7 +114,7 @@ def _as_good(
 def _rank(best: Mapping[str, Any], top: Mapping[str, Any], count: int, l0_band: Band | None) -> list[str]:
     where = f"with {band_text(l0_band)}" if l0_band else "here"
     figure = interval_text(best, "ce_recovered", 4)
-    free = [] if l0_band else ["No L0 band was set (`select: {l0_band: LO:HI}`), so the densest SAEs come first."]
+    free = [] if l0_band else ["No L0 band was set (select.l0_band in the spec), so the densest come first."]
     if count == 1:
         return [f"The only SAE {where}: CE recovered {figure}.", *free]
     if key_of(best) == key_of(top):
@@ -124,7 +124,10 @@ def _rank(best: Mapping[str, Any], top: Mapping[str, Any], count: int, l0_band: 
 
 def _about_ties(best: Mapping[str, Any], ties: Sequence[Mapping[str, Any]] | None, count: int) -> list[str]:
     """How it stands to the others, and what decided among equals: dead latents in whole percent, then L0."""
-    dead = f"{float(best['dead_fraction']):.1%} of its latents are dead" if known(best.get("dead_fraction")) else ""
+    dead = ""
+    if known(best.get("dead_fraction")):
+        share = float(best["dead_fraction"])
+        dead = f"{share:.1%} of its latents are dead" if share else "None of its latents is dead"
     if ties is None or count == 1:
         return [f"{dead}."] if dead else []
     if not ties:
@@ -159,7 +162,7 @@ def _about_seeds(best: Mapping[str, Any], table: pd.DataFrame) -> str:
     groups = seed_groups(table)
     own = groups[[key_of(best) in members for members in groups["members"]]].iloc[0]
     if own["seeds"] < 2:
-        return "One seed only: another seed may rank otherwise; the intervals are over documents."
+        return "One seed only: another seed may rank otherwise."
     low, high = own["ce_recovered_min"], own["ce_recovered_max"]
     return f"{own['seeds']} seeds of these settings: CE recovered {low:.4f} to {high:.4f}."
 

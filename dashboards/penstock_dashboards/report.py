@@ -349,7 +349,17 @@ def _facts(table: pd.DataFrame, source: Source) -> list[list[str]]:
     if "status" in whole and not (whole["status"] == "finished").all():
         counts = whole["status"].value_counts()
         facts.append(["ended", ", ".join(f"{count} {status}" for status, count in counts.items())])
-    return [*facts, *([name, str(value)] for name, value in source.facts.items())]
+    facts += [[name, str(value)] for name, value in source.facts.items()]
+    if known(source.cost.get("seconds_total")):
+        facts.append(["took", _time(float(source.cost["seconds_total"]))])
+    return facts
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _baselines(baselines: pd.DataFrame, hook_points: Sequence[str]) -> list[dict[str, Any]]:

@@ -193,6 +193,9 @@ def test_the_table_sorts_by_every_column(page):
 def test_the_view_over_hook_points_is_in_nats(page):
     between = page.locator("#between").inner_text()
     assert "CE increase (nats)" in between and all(name in between for name in HOOK_POINTS)
+    page.locator("#between summary").click()
+    overall = int(SAMPLE.table["on_overall_front"].sum())
+    assert page.locator("#between details tbody tr").count() == overall > 1
 
 
 # ---- one SAE --------------------------------------------------------------------------------------------------------

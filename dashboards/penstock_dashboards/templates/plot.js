@@ -97,7 +97,7 @@ class Panel {
     this.hook = hook;
     this.svg = drawn("svg", { class: "plot", role: "group" });
     this.root = element("section", { className: "panel", ariaLabel: `Front of ${HOOKS[hook]}` },
-      element("h3", {}, HOOKS[hook]), this.svg);
+      element("h3", { title: HOOKS[hook] }, HOOKS[hook]), this.svg);
     this.near = [];
     this.current = 0;
     this.svg.addEventListener("pointermove", event => this.hover(event));

@@ -39,7 +39,7 @@ function keyFigure(sae, name) {
 }
 
 function answerCard(answer) {
-  const where = element("p", { className: "where" }, HOOKS[answer.hook]);
+  const where = element("p", { className: "where", title: HOOKS[answer.hook] }, HOOKS[answer.hook]);
   if (answer.key === null)
     return element("article", { className: "card answer", ariaLabel: HOOKS[answer.hook] },
       element("div", {}, where, element("h3", { className: "name" }, "None to take yet")),
@@ -48,7 +48,7 @@ function answerCard(answer) {
   const [kind, ...rest] = sae.called.startsWith(sae.kind) ? [sae.kind, sae.called.slice(sae.kind.length).trim()] : [sae.called];
   const because = element("ul", { className: "because first" }, answer.why.map(said => element("li", {}, said)));
   const open = element("button", { type: "button", className: "link", ariaLabel: `Details of ${sae.called} at ${HOOKS[sae.hook]}` },
-    "Curves, firing rates, settings");
+    Object.hasOwn(DATA.details, sae.whole) ? "Curves, firing rates, settings" : "All its figures and settings");
   open.addEventListener("click", () => openDetail(sae.key, open));
   const also = answer.also.map(([key, what, said]) => element("p", { className: "soft" }, key === answer.key ? said
     : [element("b", {}, what === "knee" ? "Knee instead: " : "Sparser instead: "), glyph(BY_KEY.get(key).architecture), " ",
@@ -222,8 +222,19 @@ function drawBetween() {
     element("p", { className: "soft lead" }, "CE recovered is a share of what ablating a hook point costs, which differs between hook points: "
       + "compare these by the CE increase, in nats a token. The one to take at each:"),
     plainTable([["hook point", false, "mono"], ["SAE"], ["L0", true], ["CE increase (nats)", true], ["CE recovered", true],
-      ["of what ablation costs", true], ["CE of the model", true]], rows));
+      ["of what ablation costs", true], ["CE of the model", true]], rows), overallFront());
 }
+
+function overallFront() {
+  const front = SAES.filter(sae => sae.overall).sort((a, b) => a.figures.l0 - b.figures.l0);
+  if (!front.length) return "";
+  const rows = front.map(sae => [HOOKS[sae.hook], [glyph(sae.architecture), " ", saeLink(sae.key, sae.called)], shown(sae, "l0"),
+    [shown(sae, "ce_increase"), element("small", {}, interval(sae, "ce_increase"))]]);
+  return element("details", {}, element("summary", {}, `The front over all hook points, L0 against CE increase: ${saesOf(front.length)}`),
+    plainTable([["hook point", false, "mono"], ["SAE"], ["L0", true], ["CE increase (nats)", true]], rows));
+}
+
+const saesOf = count => count === 1 ? "1 SAE" : `${count} SAEs`;
 
 function drawBaselines() {
   if (!DATA.beaten.length) return byId("baselines").remove();
@@ -264,7 +275,7 @@ function drawCost() {
   }
   const named = { sae_tokens: "SAE-tokens trained", sae_tokens_per_second: "SAE-tokens a second", forward_passes: "forward passes",
     harvested_tokens: "tokens harvested", evaluated_tokens: "tokens evaluated", seconds_total: "seconds in all" };
-  const amount = value => Number.isInteger(value) || value >= 1000 ? text(Math.round(value)).replace(/^(\d)(\d{3})$/, "$1,$2") : text(value, 1);
+  const amount = value => text(value, Number.isInteger(value) || value >= 1000 ? 0 : 1);
   const lead = figures.filter(([name]) => name in named || /prun|saved|spared/.test(name));
   const rest = figures.filter(one => !lead.includes(one));
   const words = ([name, value]) => [named[name] ?? name.replaceAll("_", " "), amount(value)];
