@@ -101,13 +101,15 @@ def sweep_note(
 
 
 def _section(hook_point: str, front: pd.DataFrame, models: Mapping[str, str]) -> str:
-    header = ["SAE", "architecture", "sparsity", "L0", "CE recovered", "dead", "targets", "model"]
-    lines = [f"**`{hook_point}`**\n", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    header = ["SAE", "architecture", "sparsity", "L0", "CE recovered (95% interval)", "dead", "targets", "alias"]
+    addresses = [models[key].rpartition("@") for key in map(key_of, front.to_dict("records")) if key in models]
+    title = f"**`{hook_point}`**" + (f": model `{addresses[0][0]}`" if addresses else "")
+    lines = [f"{title}\n", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for record in front.to_dict("records"):
         key = key_of(record)
         cells = [f"`{key}`", kind_of(record), _sparsity(record), f"{record['l0']:.4g}",
                  _figure(record, "ce_recovered", ".4f"), f"{record['dead_fraction']:.3f}", _missed(record) or "",
-                 f"`{models[key]}`" if key in models else ""]  # fmt: skip
+                 f"`@{models[key].rpartition('@')[2]}`" if key in models else ""]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -171,7 +173,7 @@ def load_code(*sources: str) -> str:
     lines = ["```python", "import penstock", "", *calls, "```"]
     for model in filter(_is_model, sources):
         lines += [
-            "", "Without Penstock, from any machine that reaches this MLflow (the files are in SAELens' format):", "",
+            "", "Without Penstock, wherever MLFLOW_TRACKING_URI names this MLflow (SAELens reads the files):", "",
             "```python", "import mlflow, sae_lens", "", f'folder = mlflow.artifacts.download_artifacts("{model}")',
             "sae = sae_lens.SAE.load_from_disk(folder)", "```",
         ]  # fmt: skip
