@@ -108,8 +108,9 @@ def compare(
     """Compare two or more SAEs, each with each.
 
     Each is a folder, `SWEEP:SAE_ID`, a registered model's address (`models:/NAME@best`), or with `sweep` an id of that
-    sweep; a prefix is `ID[WIDTH]`. A feature counts as shared above the cosine `threshold`, 0.7 unless given. Raises
-    `SweepError` for fewer than two, one named twice, widths d_in that differ, and what cannot be found.
+    sweep; a prefix is `ID[WIDTH]`. A feature counts as shared above the cosine `threshold`, 0.7 unless given. The
+    decoders of all lie in memory at once, in float32; their cosines never do. Raises `SweepError` for fewer than two,
+    one named twice, widths d_in that differ, and what cannot be found.
     """
     from sae_core.matching import THRESHOLD
 
@@ -121,9 +122,9 @@ def compare(
     twice = sorted({name for name in saes if list(saes).count(name) > 1})
     if twice:
         raise SweepError(f"SAE {twice[0]!r} is named twice")
-    loaded: list[Dictionary] = []
+    finder, loaded = _Finder(sweep, home), []
     for name in saes:
-        loaded.append(_find(name, sweep, home))
+        loaded.append(finder.find(name))
         first, last = loaded[0], loaded[-1]
         if first.d != last.d:
             raise SweepError(
@@ -172,23 +173,41 @@ def _hungarian(a: "Tensor", b: "Tensor", threshold: float) -> tuple[float | None
 # ---- reading SAEs ---------------------------------------------------------------------------------------------------
 
 
-def _find(name: str, sweep: str | None, home: str | Home | None) -> Dictionary:
-    from penstock.pull import pull
+class _Finder:
+    """Finds SAEs by what a user calls them, and reads each sweep's table once."""
 
-    if sweep is None and Path(name).is_dir():
-        return read_dictionary(Path(name), name)
-    of_sweep, colon, sae_id = (sweep, ":", name) if sweep is not None else name.rpartition(":")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "sae"
-        if name.startswith("models:/") and sweep is None:
-            pull(name, to=folder, home=home)
-        elif colon and of_sweep:
-            pull(of_sweep, sae=sae_id, to=folder, home=home)
-        else:
-            raise SweepError(
-                f"SAE {name!r}: there is no such folder; accepted: an SAE's folder, SWEEP:SAE_ID, or with --sweep an id"
-            )
-        return read_dictionary(folder, name)
+    def __init__(self, sweep: str | None, home: str | Home | None):
+        self._sweep = sweep
+        self._home = home if isinstance(home, Home) else Home.resolve(home)
+        self._tables: dict[str, pd.DataFrame] = {}
+
+    def find(self, name: str) -> Dictionary:
+        from penstock.pull import fetch_checkpoint, pull
+
+        if self._sweep is None and Path(name).is_dir():
+            return read_dictionary(Path(name), name)
+        sweep, colon, sae_id = (self._sweep, ":", name) if self._sweep is not None else name.rpartition(":")
+        with tempfile.TemporaryDirectory() as temporary:
+            if name.startswith("models:/") and self._sweep is None:
+                return read_dictionary(pull(name, to=Path(temporary) / "sae", home=self._home), name)
+            if not colon or not sweep:
+                raise SweepError(
+                    f"SAE {name!r}: there is no such folder; accepted: an SAE's folder, SWEEP:SAE_ID, "
+                    "models:/NAME@ALIAS, or with --sweep an id"
+                )
+            return read_dictionary(fetch_checkpoint(self._home, self._row(sweep, sae_id), Path(temporary))[0], name)
+
+    def _row(self, sweep: str, sae_id: str) -> pd.Series:
+        from penstock.pareto import find_sae, key_of
+        from penstock.tracking import sweep_table
+
+        if sweep not in self._tables:
+            self._home.check_tracking()
+            self._tables[sweep] = sweep_table(self._home, sweep)
+        row = find_sae(self._tables[sweep], sae_id)
+        if row["status"] != "finished":
+            raise SweepError(f"SAE {key_of(row.to_dict())} is {row['status']}: only finished ones can be compared")
+        return row
 
 
 def read_dictionary(folder: Path, name: str) -> Dictionary:

@@ -105,7 +105,8 @@ def pull(
     home: str | Home | None = None,
 ) -> Path:
     """Put the SAE with the highest CE recovered at a hook point, or the one that `sae` names, into the folder `to`, and
-    return that folder.
+    return that folder. Of SAEs whose CE recovered does not differ from the highest, by the paired interval, it is the
+    one with the fewest dead latents (see `pareto.select`).
 
     `sae` is an id or the beginning of one, `ID[WIDTH]` for a prefix. `l0` is the band to pick from, the spec's unless
     given. `sweep` may also be a registered model's address, alone: `models:/NAME@best`. The folder holds cfg.json,

@@ -147,3 +147,23 @@ def test_seed_stability_is_the_share_found_again_in_the_siblings(tmp_path):
     found = seed_stability(storage, saes)
     assert found == {"s0": pytest.approx(0.25), "s1": pytest.approx(0.25), "s2": 0}
     assert seed_stability(storage, saes[3:]) == {}
+
+
+# ---- by name ----
+
+
+def test_saes_are_named_as_folders_and_by_sweep_and_id(finished_home, tmp_path, monkeypatch):
+    from penstock.pull import pull
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = str(pull("demo", sae="early-8", to=tmp_path / "pulled", home=finished_home))
+    found = compare([folder, "demo:early-4", "0123456789ab:early-9"], home=finished_home)
+    assert [one.name for one in found.dictionaries] == [folder, "demo:early-4", "0123456789ab:early-9"]
+    assert found.shares() == [[1] * 3] * 3  # they are all made from one seed
+    assert found.dictionaries[0].hook_point == "blocks.1.hook_resid_post"
+    for name, message in (
+        ("demo:late-16", "SAE late-16 is diverged: only finished ones"), ("demo:x", "no SAE 'x'"),
+        (":early-4", "there is no such folder"), ("nosuch:early-4", "no sweep 'nosuch'"),
+    ):  # fmt: skip
+        with pytest.raises(SweepError, match=message):
+            compare([folder, name], home=finished_home)
