@@ -101,7 +101,7 @@ def tasks(size: Size) -> dict[str, Task]:
         "deep-70": Task("deep", deep - max(1, deep // 6) - 1, 8),
         "deep-middle": Task("deep", deep // 2 - 1, 5),
         "demo-last": Task("demo", 5, 8),
-        "demo-middle": Task("demo", 2, None),
+        "demo-middle": Task("demo", 2, 5),
     }
 
 
@@ -157,15 +157,16 @@ def activations_of(model: nn.Module, hook_point: str, tokens: Tensor) -> Tensor:
 
 
 def train(x: Tensor, hook_point: str, size: Size, folder: Path) -> None:
-    """Save a folder for each SAE."""
-    batch = min(512, len(x))
+    """Save a folder for each SAE. Thresholds are not set on these very tokens: then one would be the activation of one
+    of them, and rounding would decide whether that counts."""
+    batch = min(512, len(x) // 2)
     training = TrainingSettings(steps=size.steps, batch_tokens=batch, lr=3e-3, dead_after_tokens=size.steps * batch)
     for name, chosen in settings(size.expansion * x.shape[1]).items():
         trainer = SAETrainer(parse_settings(chosen), training, calibrate(x))
         for step in range(size.steps):
             start = step * batch % (len(x) - batch + 1)
             trainer.train_step(x[start : start + batch])
-        trainer.export({"hook_name": hook_point, "model_name": "benchmark"}, tokens=x).save(folder / name)
+        trainer.export({"hook_name": hook_point, "model_name": "benchmark"}).save(folder / name)
 
 
 # ---- the two sides --------------------------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def saved_saes(model, tokens, hook_point, folder):
         for step in range(training.steps):
             start = step * 64 % (len(x) - 64)
             trainer.train_step(x[start : start + 64])
-        sae = trainer.export({"hook_name": hook_point, "model_name": "some"}, tokens=x)
-        sae.save(folder / name)
+        # Thresholds not set on these very tokens: one would be an activation, and rounding decide whether it counts.
+        trainer.export({"hook_name": hook_point, "model_name": "some"}).save(folder / name)
 
 
 def their_evaluation(folder, model, tokens, excluded, batches=1):
