@@ -466,8 +466,10 @@ class Driver(Session):
         for row in table.to_dict("records"):
             asked, found = row.get("target_l0", math.nan), row["l0"]
             if row["status"] == "finished" and math.isnan(row["prefix"]) and abs(found / asked - 1) > OFF_TARGET:
-                self.say(f"SAE {row['sae_id']}: target_l0 is {asked:g}, and its L0 on the report split {found:.3g}; with "
-                         "more train.tokens the controller comes nearer")  # fmt: skip
+                self.say(
+                    f"SAE {row['sae_id']}: target_l0 is {asked:g}, and its L0 on the report split {found:.3g}; with "
+                    "more train.tokens the controller comes nearer"
+                )
 
     def _saved(self) -> dict[str, float]:
         """What pruning has spared, over all attempts."""
