@@ -139,7 +139,8 @@ def _about_ties(best: Mapping[str, Any], ties: Sequence[Mapping[str, Any]] | Non
         return [said]
     rivals = [float(record["dead_fraction"]) for record in ties if known(record.get("dead_fraction"))]
     if rivals and round(float(best["dead_fraction"]), 2) < round(min(rivals), 2):
-        return [said, f"Of all these it has the fewest dead latents: {float(best['dead_fraction']):.1%}."]
+        share = f"{float(best['dead_fraction']):.1%}" if best["dead_fraction"] else "none"
+        return [said, f"Of all these it has the fewest dead latents: {share}."]
     return [said, f"{dead}, no more than in any of these to a percent, and of such it has the lowest L0."]
 
 

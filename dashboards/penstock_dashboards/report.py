@@ -262,8 +262,10 @@ def _called(record: Mapping[str, Any], shown: Sequence[str]) -> str:
 
 
 def _typed(value: Any) -> Any:
-    """A setting as it was written: 16.0 in a column that has gaps was 16."""
+    """A setting as it was written: 16.0 in a column that has gaps was 16. A list is text, as MLflow keeps it."""
     value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, list | tuple):
+        return str(tuple(value))
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
