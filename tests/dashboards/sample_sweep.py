@@ -221,8 +221,8 @@ CHROMIUM_SWITCHES = (
 
 
 SHOTS = {  # width, height, colour scheme, the whole page, an SAE opened
-    "desktop-light": (1280, 900, "light", False, False),
-    "desktop-dark": (1280, 900, "dark", False, False),
+    "desktop-light": (1280, 1560, "light", False, False),
+    "desktop-dark": (1280, 1560, "dark", False, False),
     "whole": (1280, 900, "light", True, False),
     "whole-dark": (1280, 900, "dark", True, False),
     "detail": (1280, 900, "light", False, True),
@@ -233,8 +233,8 @@ SHOTS = {  # width, height, colour scheme, the whole page, an SAE opened
 
 
 def take_screenshots(report: Path, folder: Path, names: Sequence[str] = (), browser: Any = None) -> None:
-    """Pictures `NAME.png` of a report in a folder: all of `SHOTS`, or those named. `desktop-light` is the top of the
-    page, for a README. They are taken in a Playwright browser, one of their own unless one is given."""
+    """Pictures `NAME.png` of a report in a folder: all of `SHOTS`, or those named. `desktop-light` is the answer
+    and the fronts, for a README. They are taken in a Playwright browser, one of their own unless one is given."""
     from playwright.sync_api import sync_playwright
 
     if browser is None:
