@@ -30,42 +30,67 @@ class Pruner:
         self._told: tuple[int | None, int] = (None, 0)  # incarnation of the stream, stops it knows of
         train, probe = sweep.spec.train, sweep.probe
         self.rungs = rung_steps(train.steps) if probe is not None else ()
-        candidates = [sae for sae in sweep.saes if sae.baseline is None and probe is not None]
-        self._pruning = Pruning({sae.sae_id: sae.as_peer(train) for sae in candidates}, sweep.spec.search.margin)
-        for sae in candidates:
-            for step in self.rungs:
-                file = probe.rung_file(sae.sae_id, step) if probe is not None else ""
-                if sweep.storage.exists(file):
-                    self._reach(sae.sae_id, sweep.storage.read_json(file))
-            if sweep.journal.is_pruned(sae.sae_id):
-                self._pruning.stop(sae.sae_id)
+        self._candidates = [sae for sae in sweep.saes if sae.baseline is None] if self.rungs else []
+        self._pruning = Pruning({sae.sae_id: sae.as_peer(train) for sae in self._candidates}, sweep.spec.search.margin)
+        self._incarnation = fleet.incarnation
+        self._take_over()
 
     def begin(self, packs: Sequence[PlannedPack], slots: int) -> None:
         """The packs start now, `slots` at a time: those of the first wave are waited for at the rungs at once."""
         if self.rungs:
             self._probe_arrays = arrays_of(packs)
-            self._pruning.begin(sae.sae_id for pack in packs[:slots] for sae in pack.saes)
+            self._begin(sae.sae_id for pack in packs[:slots] for sae in pack.saes)
 
     def heed(self, event: Mapping[str, Any]) -> None:
         """Something a pack reports."""
         if event["kind"] == "rung":
             self._reach(event["sae_id"], event)
         elif event["kind"] == "started":
-            self._pruning.begin(event["sae_ids"])
-        elif event["kind"] in ("finished", "stopped"):
+            self._begin(event["sae_ids"])
+        elif event["kind"] == "finished" or event.get("status") == "pruned":
             self._pruning.end(event["sae_id"])
+        elif event["kind"] == "stopped":
+            self._pruning.fail(event["sae_id"])
 
     def decide(self) -> None:
         """Stop what is to be stopped, and see to it that the packs hear of it and that there is a probe."""
         if not self.rungs:
             return
         self._see_to_probe()
+        if self._incarnation != self._fleet.incarnation:
+            if self._incarnation is not None:  # what had been reported to the stream before is lost
+                self._take_over()
+            self._incarnation = self._fleet.incarnation
         for stop in self._pruning.decide():
             self._sweep.journal.write_stop(stop, stop.rung * self._sweep.spec.train.batch_tokens)
             self._stops[stop.sae_id] = stop.reason
         news = self._fleet.incarnation, len(self._stops)
         if self._stops and news != self._told and self._fleet.stop_saes(self._stops):
             self._told = news
+
+    def _take_over(self) -> None:
+        """What storage tells: figures at rungs, and what has become of SAEs."""
+        probe, storage = self._sweep.probe, self._sweep.storage
+        for sae in self._candidates:
+            for step in self.rungs:
+                file = probe.rung_file(sae.sae_id, step) if probe is not None else ""
+                if storage.exists(file):
+                    self._reach(sae.sae_id, storage.read_json(file))
+            if self._sweep.is_finished(sae):
+                self._pruning.end(sae.sae_id)
+            elif stopped := self._sweep.stopped(sae):
+                if stopped["status"] == "pruned":
+                    self._pruning.stop(sae.sae_id, stopped["rung"])
+                else:
+                    self._pruning.fail(sae.sae_id)
+
+    def _begin(self, sae_ids: Iterable[str]) -> None:
+        from penstock.trial import steps_reached
+
+        sweep = self._sweep
+        for sae_id in sae_ids:
+            step = steps_reached(sweep.storage, sae_id, sweep.spec.train.steps, sweep.journal)
+            self._pruning.begin(sae_id, step)
 
     def _reach(self, sae_id: str, record: Mapping[str, Any]) -> None:
         figures = Figures(record["l0"], record["explained_variance"], record["dead_fraction"])

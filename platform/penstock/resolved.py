@@ -190,9 +190,11 @@ class ResolvedSweep:
         return self.storage.is_committed(f"saes/{sae.sae_id}/final")
 
     def stopped(self, sae: PlannedSAE) -> dict[str, Any]:
-        """Why an SAE was stopped; empty where it was not."""
+        """Why an SAE was stopped; empty where it was not. What this sweep has decided comes first: the SAE may fail
+        before it hears of that, or in another sweep."""
         name = f"saes/{sae.sae_id}/stopped.json"
-        return self.storage.read_json(name) if self.storage.exists(name) else self.journal.pruned(sae.sae_id)
+        pruned = self.journal.pruned(sae.sae_id)
+        return pruned or (self.storage.read_json(name) if self.storage.exists(name) else {})
 
     def left(self) -> list[PlannedSAE]:
         """The SAEs still to be trained. One that diverged is none of them: the same numbers would diverge again. Nor

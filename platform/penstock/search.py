@@ -13,7 +13,7 @@ more SAE each goes where most is to be won; see `propose`.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -116,28 +116,41 @@ class Pruning:
 
     A rung of a hook point is decided when every live SAE there has reached it, so that the order in which reports
     arrive decides nothing. SAEs of later waves are live from their start on: what they are compared with then are those
-    that passed the rung before them, too.
+    that passed the rung before them, too. What has no end that counts (it was stopped at an earlier rung, it failed)
+    beats nobody, how far ever it got: the front would be left with neither.
     """
 
     peers: Mapping[str, Peer]
     margin: float
-    live: set[str] = field(default_factory=set)
-    stopped: set[str] = field(default_factory=set)
+    live: dict[str, int] = field(default_factory=dict)  # the step at which each began, or was resumed
+    stopped: dict[str, int] = field(default_factory=dict)  # the rung
+    failed: set[str] = field(default_factory=set)
     _figures: dict[int, dict[Peer, Figures]] = field(default_factory=dict)  # by rung
     _undecided: set[tuple[int, str]] = field(default_factory=set)  # (rung, hook point)
 
-    def begin(self, sae_ids: Iterable[str]) -> None:
-        """From now on these are waited for at the rungs."""
-        self.live |= (set(sae_ids) & self.peers.keys()) - self.stopped
+    def begin(self, sae_id: str, step: int = 0) -> None:
+        """From now on the SAE is waited for, at the rungs beyond a step: those before it has passed, measured or not.
+        Where it was measured, and others have been decided on already, it is decided on as well."""
+        if sae_id not in self.peers or sae_id in self.stopped:
+            return
+        self.live[sae_id] = step
+        peer = self.peers[sae_id]
+        self._undecided |= {(rung, peer.hook_point) for rung, here in self._figures.items()
+                            if peer in here and rung >= peer.settled_after}  # fmt: skip
 
     def end(self, sae_id: str) -> None:
-        """The SAE has finished or failed: nobody waits for it."""
-        self.live.discard(sae_id)
+        """The SAE has finished: nobody waits for it."""
+        self.live.pop(sae_id, None)
 
-    def stop(self, sae_id: str) -> None:
-        """The SAE was stopped, now or before this driver began; its figures still count."""
-        self.stopped.add(sae_id)
-        self.live.discard(sae_id)
+    def fail(self, sae_id: str) -> None:
+        """The SAE has failed or diverged: nobody waits for it, nor is compared with it."""
+        self.failed.add(sae_id)
+        self.end(sae_id)
+
+    def stop(self, sae_id: str, rung: int) -> None:
+        """The SAE was stopped, now or before this driver began; its figures up to the rung still count."""
+        self.stopped[sae_id] = rung
+        self.end(sae_id)
 
     def reach(self, sae_id: str, rung: int, figures: Figures) -> None:
         """An SAE stands at a rung. Saying it again changes nothing."""
@@ -154,15 +167,21 @@ class Pruning:
         for rung, hook_point in sorted(self._undecided):
             here = {peer: own for peer, own in self._figures[rung].items() if peer.hook_point == hook_point}
             there = {peer.sae_id for peer in here}
-            if any(self.peers[sae_id].hook_point == hook_point for sae_id in self.live - there):
+            on_their_way = {sae_id for sae_id, step in self.live.items() if step < rung}
+            if any(self.peers[sae_id].hook_point == hook_point for sae_id in on_their_way - there):
                 continue
             self._undecided.discard((rung, hook_point))
-            settled = {peer: own for peer, own in here.items() if rung >= peer.settled_after}
-            for sae_id, reason in sorted(stops(settled, self.margin).items()):
+            counting = {peer: own for peer, own in here.items() if self._counts(peer, rung)}
+            for sae_id, reason in sorted(stops(counting, self.margin).items()):
                 if sae_id in self.live:
-                    self.stop(sae_id)
+                    self.stop(sae_id, rung)
                     found.append(Stop(sae_id, rung, reason))
         return found
+
+    def _counts(self, peer: Peer, rung: int) -> bool:
+        if peer.sae_id in self.failed or self.stopped.get(peer.sae_id, rung) < rung:
+            return False
+        return rung >= peer.settled_after
 
 
 # ---- filling the front ----------------------------------------------------------------------------------------------

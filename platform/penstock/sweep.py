@@ -472,8 +472,10 @@ class Driver(Session):
                 )
 
     def _saved(self) -> dict[str, float]:
-        """What pruning has spared, over all attempts."""
-        steps, pruned = self.spec.train.steps, [self.sweep.stopped(sae) for sae in self.sweep.saes]
+        """What pruning has spared, over all attempts. An SAE that finished before it heard of the decision counts as
+        finished."""
+        steps = self.spec.train.steps
+        pruned = [self.sweep.stopped(sae) for sae in self.sweep.saes if not self.sweep.is_finished(sae)]
         spared = [steps - one["step"] for one in pruned if one.get("status") == "pruned"]
         if not spared:
             return {}

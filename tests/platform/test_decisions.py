@@ -1,6 +1,7 @@
 """The driver's side of search: what it takes over, writes down first, and tells the packs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -11,6 +12,7 @@ from penstock.errors import SweepError
 from penstock.home import Home
 from penstock.plan import plan_packs
 from penstock.search import Stop
+from penstock.sweep import Driver
 from whole_sweeps import evaluate, quiet, resolve, train, write_inputs, write_spec
 
 HOOK = "blocks.1.hook_resid_post"
@@ -134,6 +136,54 @@ def test_saes_that_failed_or_finished_hold_nobody_up(resolved):
     pruner.heed({"kind": "finished", "sae_id": ids[3]})
     pruner.decide()
     assert [set(told) for told in fleet.told] == [{ids[7]}]
+
+
+def test_what_a_stream_that_is_restarted_has_lost_is_read_in_storage(resolved):
+    sweep, _ = resolved
+    ids, fleet = candidates(sweep), Fleet()
+    pruner = started(sweep, fleet)
+    pruner.heed(event(ids[6], *GOOD))
+    pruner.heed(event(ids[7], *BAD))
+    record = {key: value for key, value in event(ids[2], 2.0, 0.5).items() if key not in ("kind", "sae_id")}
+    sweep.storage.write_json(sweep.probe.rung_file(ids[2], RUNG), record)  # its report does not arrive
+    sweep.storage.write_json(f"saes/{ids[3]}/stopped.json", {"status": "failed", "reason": "", "step": 3})
+    pruner.decide()
+    assert fleet.told == []
+    fleet.incarnation = 2
+    pruner.decide()
+    assert [set(told) for told in fleet.told] == [{ids[7]}]
+
+
+def test_an_sae_resumed_behind_a_rung_without_figures_holds_nobody_up_there(resolved):
+    """Its checkpoint was written by a sweep that prunes nothing."""
+    sweep, _ = resolved
+    ids, fleet = candidates(sweep), Fleet()
+    for k in (2, 3):
+        sweep.storage.commit_folder(f"saes/{ids[k]}/checkpoints/step-{RUNG + 2:09d}", {"about.json": b"{}"})
+    pruner = started(sweep, fleet)
+    pruner.heed(event(ids[6], *GOOD))
+    pruner.heed(event(ids[7], *BAD))
+    pruner.decide()
+    assert [set(told) for told in fleet.told] == [{ids[7]}]
+
+
+def test_an_sae_that_fails_before_it_hears_that_it_is_stopped_is_not_tried_again(resolved):
+    sweep, _ = resolved
+    sae = next(sae for sae in sweep.saes if sae.baseline is None)
+    sweep.journal.write_stop(Stop(sae.sae_id, RUNG, "beaten"), RUNG * 50)
+    sweep.storage.write_json(f"saes/{sae.sae_id}/stopped.json", {"status": "failed", "reason": "disk", "step": 20})
+    assert sweep.stopped(sae)["status"] == "pruned"
+    assert sae.sae_id not in [one.sae_id for one in sweep.left()]
+
+
+def test_an_sae_that_finished_before_it_heard_that_it_is_stopped_has_spared_nothing(resolved):
+    sweep, _ = resolved
+    driver = SimpleNamespace(spec=sweep.spec, sweep=sweep)
+    finished, stopped = (sae.sae_id for sae in sweep.saes if sae.baseline is None and sae.settings.k in (3, 7))
+    for sae_id in (finished, stopped):
+        sweep.journal.write_stop(Stop(sae_id, RUNG, "beaten"), RUNG * 50)
+    sweep.storage.commit_folder(f"saes/{finished}/final", {"summary.json": b"{}"})
+    assert Driver._saved(driver) == {"saes_pruned": 1, "sae_tokens_spared": (30 - RUNG) * 50}
 
 
 class MakesProbe:

@@ -116,7 +116,8 @@ def test_what_no_other_sae_beats_always_stays(all_figures: list[Figures], margin
 
 def pruning(*peers: Peer) -> Pruning:
     state = Pruning({one.sae_id: one for one in peers}, margin=0.1)
-    state.begin(one.sae_id for one in peers)
+    for one in peers:
+        state.begin(one.sae_id)
     return state
 
 
@@ -137,7 +138,7 @@ def test_an_sae_that_failed_is_not_waited_for() -> None:
     state.reach("a", 61, at(16, 0.9))
     state.reach("b", 61, at(20, 0.5))
     assert state.decide() == []
-    state.end("gone")
+    state.fail("gone")
     assert [stop.sae_id for stop in state.decide()] == ["b"]
 
 
@@ -154,23 +155,63 @@ def test_saes_whose_warm_up_is_not_over_neither_stop_nor_are_stopped() -> None:
 
 def test_a_later_wave_is_compared_with_those_that_passed_the_rung_before() -> None:
     state = Pruning({name: peer(name) for name in ("first", "second")}, margin=0.1)
-    state.begin(["first"])
+    state.begin("first")
     state.reach("first", 61, at(16, 0.9))
     assert state.decide() == []
     state.end("first")
-    state.begin(["second"])
+    state.begin("second")
     state.reach("second", 61, at(20, 0.5))
     assert [stop.sae_id for stop in state.decide()] == ["second"]
 
 
 def test_a_later_wave_does_not_stop_what_has_finished() -> None:
     state = Pruning({name: peer(name) for name in ("first", "second")}, margin=0.1)
-    state.begin(["first"])
+    state.begin("first")
     state.reach("first", 61, at(20, 0.5))
     state.end("first")
-    state.begin(["second"])
+    state.begin("second")
     state.reach("second", 61, at(16, 0.9))
     assert state.decide() == []
+
+
+def test_an_sae_that_was_stopped_beats_nobody_at_the_rungs_behind() -> None:
+    """It gets there where it trains on until it hears of the decision, or where another sweep has trained it."""
+    state = pruning(peer("a"), peer("stopped"), peer("sparse"))
+    for name, figures in (("a", at(16, 0.9)), ("stopped", at(20, 0.5)), ("sparse", at(12, 0.6))):
+        state.reach(name, 61, figures)
+    assert [stop.sae_id for stop in state.decide()] == ["stopped"]
+    for name, figures in (("stopped", at(10, 0.99)), ("a", at(16, 0.92)), ("sparse", at(12, 0.9))):
+        state.reach(name, 122, figures)
+    assert state.decide() == []
+
+
+def test_an_sae_that_has_failed_beats_nobody() -> None:
+    state = pruning(peer("diverges"), peer("b"))
+    state.reach("diverges", 61, at(16, 0.9))
+    state.fail("diverges")
+    state.reach("b", 61, at(20, 0.5))
+    assert state.decide() == []
+
+
+def test_an_sae_resumed_behind_a_rung_where_it_was_not_measured_is_not_waited_for_there() -> None:
+    """Its checkpoint is of a sweep that pruned nothing."""
+    state = pruning(peer("a"), peer("b"), peer("resumed"))
+    state.begin("resumed", 61)
+    state.reach("a", 61, at(16, 0.9))
+    state.reach("b", 61, at(20, 0.5))
+    assert [stop.sae_id for stop in state.decide()] == ["b"]
+    state.reach("a", 122, at(16, 0.9))
+    assert state.decide() == [] and state._undecided
+
+
+def test_an_sae_of_a_later_wave_that_stood_behind_a_rung_when_it_was_decided_is_decided_on_as_it_goes_on() -> None:
+    state = Pruning({name: peer(name) for name in ("first", "second")}, margin=0.1)
+    state.begin("first")
+    for name, figures in (("first", at(16, 0.9)), ("second", at(20, 0.5))):
+        state.reach(name, 61, figures)  # second's as an earlier driver had left it
+    assert state.decide() == []
+    state.begin("second", 80)
+    assert [(stop.sae_id, stop.rung) for stop in state.decide()] == [("second", 61)]
 
 
 @given(st.randoms(use_true_random=False), st.lists(FIGURES, min_size=2, max_size=8))
@@ -200,7 +241,7 @@ def test_a_driver_that_starts_again_comes_to_the_same_decisions() -> None:
         before.reach(name, 61, own)
     first = before.decide()
     after = pruning(*peers)
-    after.stop("bad 1")
+    after.stop("bad 1", 61)
     for name, own in figures.items():
         after.reach(name, 61, own)
     assert after.decide() == [stop for stop in first if stop.sae_id != "bad 1"]
