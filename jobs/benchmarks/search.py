@@ -158,7 +158,8 @@ def _here(spec_path: Path, folder: Path) -> Side:
             [planned] = plan_packs(spec, saes)
             pack = Pack(members(planned, {}), training, {hook_point: calibrate(x)}, storage, log=lambda message: None)
             pruning = Pruning({sae.sae_id: sae.as_peer(spec.train) for sae in saes}, spec.search.margin)
-            pruning.begin(sae.sae_id for sae in saes)
+            for sae in saes:
+                pruning.begin(sae.sae_id)
             for step, batch in batches(schedule, 0, len(x), 0):
                 pack.step(step, {hook_point: x[batch]})
                 if spec.search.prune and step + 1 in rung_steps(training.steps):
