@@ -110,8 +110,10 @@ class Pruner:
             if self._probe_tries == PROBE_TRIES:
                 raise SweepError("the search activations could not be made: the model hosts die of it; Ray's logs say "
                                  "of what")  # fmt: skip
+            hosts = self._fleet.hosts_up
+            if not hosts:
+                return
             self._probe_tries += 1
-            hosts = list(self._fleet.hosts.values())
             host = hosts[self._probe_tries % len(hosts)]
             self._probe_request = host.make_probe.remote(self._sweep.store.id, probe, self._probe_arrays)
         if ray.wait([self._probe_request], timeout=0)[0]:

@@ -28,6 +28,14 @@ class Fleet:
         self._told = False  # whether the stream knows of the hosts as they are
         self.incarnation: int | None = None  # of the stream, as far as it has been heard of
         self._before_restart: dict[str, float] = {}
+        self._states: dict[str, str] = {}  # of the hosts, as the stream has told
+
+    @property
+    def hosts_up(self) -> list[Any]:
+        """The hosts that answer, by what the stream has told. Others still load the model, wait for room (for ever,
+        maybe), or could not be built."""
+        up = ("idle", "block")
+        return [host for name, host in self.hosts.items() if self._states.get(name, "starting").startswith(up)]
 
     def scale(self, n_hosts: int) -> None:
         """Have so many model hosts: new ones join when they have loaded the model, others leave after the block at
@@ -79,6 +87,7 @@ class Fleet:
         if self._leaving or not self._told:
             with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 self._tell_hosts()
+        self._states = found["status"]["hosts"]
         self.cost = {name: value + self._before_restart.get(name, 0.0) for name, value in found["cost"].items()}
         return found
 

@@ -436,9 +436,7 @@ class Driver(Session):
     def _hosts_up(self) -> list[Any]:
         """The hosts that answer: one that still waits for room, or could not be built, would keep its part of an
         evaluation from being done."""
-        states = self._stream_status.get("hosts", {})
-        up = [host for name, host in self.fleet.hosts.items() if states.get(name, "idle").startswith(("idle", "block"))]
-        return up or list(self.fleet.hosts.values())
+        return self.fleet.hosts_up or list(self.fleet.hosts.values())
 
     def _finish(self) -> int:
         from penstock.results import SETTLED, publish

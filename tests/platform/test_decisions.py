@@ -9,9 +9,11 @@ import ray
 from penstock import decisions
 from penstock.decisions import PROBE_TRIES, Pruner, add_saes
 from penstock.errors import SweepError
+from penstock.fleet import Fleet as RealFleet
 from penstock.home import Home
 from penstock.plan import plan_packs
 from penstock.search import Stop
+from penstock.storage import Storage
 from penstock.sweep import Driver
 from whole_sweeps import evaluate, quiet, resolve, train, write_inputs, write_spec
 
@@ -26,7 +28,7 @@ class Fleet:
     """Takes note of what the packs are told. `answers` is what the stream answers, one a call."""
 
     def __init__(self, *answers: bool):
-        self.incarnation, self.told, self.answers, self.hosts = 1, [], list(answers), {}
+        self.incarnation, self.told, self.answers, self.hosts_up = 1, [], list(answers), []
 
     def stop_saes(self, stops):
         self.told.append(dict(stops))
@@ -214,18 +216,38 @@ def answered(monkeypatch):
 def test_another_host_makes_the_search_activations_where_one_dies(tmp_path, inputs, answered):
     sweep, host = resolve(write_spec(tmp_path / "s.yaml", inputs, "s", HOOK, ENTRY, rest=SEARCH), Home(tmp_path / "h"))
     sample, fleet = host.sample(sweep.store, sweep.spec.data, "search", 100, [HOOK]), Fleet()
-    fleet.hosts = {"dies": MakesProbe(sweep, sample, True), "well": MakesProbe(sweep, sample, False)}
+    fleet.hosts_up = [MakesProbe(sweep, sample, True), MakesProbe(sweep, sample, False)]
     pruner = started(sweep, fleet)
     for _ in range(PROBE_TRIES):
         pruner.decide()
     assert sweep.probe.is_there(sweep.storage, [HOOK])
-    assert sum(one.asked for one in fleet.hosts.values()) <= 2
+    assert sum(one.asked for one in fleet.hosts_up) <= 2
+
+
+def test_the_search_activations_are_asked_of_hosts_that_answer(tmp_path, inputs, answered):
+    """One that waits for room would never make them."""
+    sweep, host = resolve(write_spec(tmp_path / "s.yaml", inputs, "s", HOOK, ENTRY, rest=SEARCH), Home(tmp_path / "h"))
+    fleet = Fleet()
+    pruner = started(sweep, fleet)
+    pruner.decide()
+    assert not sweep.probe.is_there(sweep.storage, [HOOK])
+    fleet.hosts_up = [MakesProbe(sweep, host.sample(sweep.store, sweep.spec.data, "search", 100, [HOOK]), False)]
+    pruner.decide()
+    assert sweep.probe.is_there(sweep.storage, [HOOK])
+
+
+def test_a_host_is_up_when_the_stream_says_that_it_answers(tmp_path):
+    fleet = RealFleet(None, Storage(tmp_path), quiet)
+    fleet.hosts = {name: name for name in ("loading", "new", "free", "busy", "gone")}
+    assert fleet.hosts_up == []
+    fleet._states = {"loading": "starting", "free": "idle", "busy": "block 3", "gone": "ModelError: no such model"}
+    assert fleet.hosts_up == ["free", "busy"]
 
 
 def test_a_sweep_whose_hosts_die_of_the_search_activations_ends_with_the_reason(tmp_path, inputs, answered):
     sweep, _ = resolve(write_spec(tmp_path / "s.yaml", inputs, "s", HOOK, ENTRY, rest=SEARCH), Home(tmp_path / "h"))
     fleet = Fleet()
-    fleet.hosts = {"dies": MakesProbe(sweep, {}, True)}
+    fleet.hosts_up = [MakesProbe(sweep, {}, True)]
     pruner = started(sweep, fleet)
     with pytest.raises(SweepError, match="search activations could not be made"):
         for _ in range(PROBE_TRIES + 1):
