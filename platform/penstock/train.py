@@ -51,10 +51,10 @@ class PackJob:
     on_gpu: bool
     spool: SpooledStream | None
     journal: Journal
-    probe: Probe | None
-    rungs: tuple[int, ...]
     allow_code_change: bool
     code: str
+    probe: Probe | None = None
+    rungs: tuple[int, ...] = ()
 
     def part(self, pack_id: str, sae_ids: Collection[str]) -> "PackJob":
         """The job of some of the pack's SAEs, as a pack of their own."""

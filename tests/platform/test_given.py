@@ -119,6 +119,7 @@ class Blocks:
     def __init__(self, host: ModelHost, sweep: ResolvedSweep, arrays: tuple[str, ...]) -> None:
         self._make = lambda block: host.harvest(sweep.store, sweep.spec.data, block, arrays)
         self.about: dict[str, float] = {}
+        self.stops: dict[str, str] = {}
 
     def blocks(self, first, stop):
         for block in range(first, stop):
@@ -149,6 +150,7 @@ def trained(sweep: ResolvedSweep, host: ModelHost) -> dict[str, torch.Tensor]:
             training=training_settings(sweep.spec.train), schedule=sweep.schedule, storage=sweep.storage,
             calibration_folder=sweep.calibration_folder, dtype="float32", checkpoints=0, micro_batch_tokens=None,
             threads=1, saes_at_once=1, on_gpu=False, spool=sweep.spool(2), allow_code_change=False, code=code_hash(),
+            journal=sweep.journal,
         )  # fmt: skip
         _train(job, Blocks(host, sweep, pack.hook_points), lambda: None)
         for sae in pack.saes:
@@ -181,8 +183,8 @@ def test_given_sweeps_are_evaluated_in_the_model_without_outliers(sweep_of, spoo
     given = sweep_of(WRITES, activations=spooled.folder)
     data, host = given.spec.data, ModelHost(given.spec.model, device="cpu")
     rows = given.store.rows("report", 0, 10)
-    kept = host._without_outliers(given.store, data, WRITES, rows, given.store.kept(rows))
-    norms = host._norms(rows, given.store.kept(rows), WRITES)
+    kept = host._without_outliers(given.store, data, WRITES, "report", rows, given.store.kept(rows))
+    norms = host._kept_activations(rows, given.store.kept(rows), WRITES).norm(dim=1)
     first = from_wire(spooled.blocks[0][WRITES], "float32").norm(dim=1)
     assert kept.sum() == (norms <= 1.2 * first.median()).sum() < len(norms)
 

@@ -77,7 +77,7 @@ def start(tmp_path):
             pack_id=name, members=MEMBERS, hook_points=(READS, WRITES), training=TRAINING, schedule=SCHEDULE,
             storage=storage, calibration_folder="calibration", dtype="float32", checkpoints=0, micro_batch_tokens=None,
             threads=1, saes_at_once=2, on_gpu=False, spool=None, allow_code_change=False,
-            code=code_hash(), journal=Journal(storage, "sweep"), probe=None, rungs=(),
+            code=code_hash(), journal=Journal(storage, "sweep"),
         )  # fmt: skip
         return job, Blocks()
 
