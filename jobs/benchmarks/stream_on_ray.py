@@ -25,6 +25,7 @@ from penstock.batches import Schedule, checkpoint_steps
 from penstock.consumer import StreamClient
 from penstock.fence import Fence, claim
 from penstock.identity import code_hash
+from penstock.journal import Journal
 from penstock.pack import Pack, PackMember
 from penstock.storage import Storage
 from penstock.stream import BlockInfo
@@ -225,7 +226,7 @@ class Benchmark:
             training=_training(steps),
             schedule=Schedule(kept, BATCH_TOKENS, steps), storage=storage, calibration_folder="calibration",
             dtype="float32", checkpoints=checkpoints, micro_batch_tokens=None, threads=1, saes_at_once=1, on_gpu=False,
-            spool=None, allow_code_change=False, code=code_hash(),
+            spool=None, journal=Journal(storage, "resume"), allow_code_change=False, code=code_hash(),
         )  # fmt: skip
         driver = claim(storage, "driver.json", "beat.json", print)
         first, second = (
