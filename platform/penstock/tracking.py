@@ -501,8 +501,9 @@ def sweep_table(home: Home, sweep: str | SweepRuns, *, with_baselines: bool = Fa
     baselines, there is a column `baseline` and a row for each that was trained.
     """
     runs = sweep if isinstance(sweep, SweepRuns) else find_sweep(home, sweep)
-    rows = [row for run in runs.children() for row in _rows(run)]
-    table = pd.DataFrame([row for row in rows if with_baselines or row["baseline"] is None])
+    every = (row for run in runs.children() for row in _rows(run))
+    rows = [row for row in every if with_baselines or row["baseline"] is None]
+    table = pd.DataFrame(rows)
     leading = ["sae_id", "hook_point", "architecture", "d_sae", "prefix"]
     numbers = [*FIGURES, "seed_stability", "proposed", "prefix"]
     for column in [*leading, "baseline", *numbers, *VERDICTS, "status", "reason", "run_id"]:

@@ -34,7 +34,7 @@ from penstock.tokens import TokenStore
 from penstock.tracking import find_sweep
 from sae_core import SAE, EvaluationSums
 from sae_core.evaluation import ROW_SUMS, metrics_of
-from whole_sweeps import evaluate, quiet, resolve, run_sweep, train, write_inputs, write_spec
+from whole_sweeps import evaluate, publish_sweep, quiet, resolve, run_sweep, train, write_inputs, write_spec
 
 HOOK = "blocks.1.hook_resid_post"
 TOPK = "{architecture: topk, d_sae: 2x, k: [2, 6]}"
@@ -272,6 +272,19 @@ def test_a_pruned_sae_is_settled_without_figures(sweep, folder, inputs):
     assert (row["status"], row["reason"]) == ("pruned", "another one does better")
     assert row[["l0", "ce_recovered", "ce_increase", "l0_low"]].isna().all() and not row["on_front"]
     assert (table.drop(stopped.sae_id)["status"] == "finished").all()
+
+
+def test_a_sweep_of_which_nothing_but_a_baseline_has_figures_is_published(folder, inputs, tmp_path):
+    path = write_spec(folder / "all-pruned.yaml", inputs, "all-pruned", HOOK, "{architecture: topk, d_sae: 2x, k: 5}",
+                      rest="search: {prune: true}\n")  # fmt: skip
+    pruned, host = resolve(path, Home(tmp_path))
+    sae = pruned.saes[0]
+    pruned.journal.write_stop(Stop(sae.sae_id, 15, "dead"), 750)
+    train(pruned, host)
+    evaluate(pruned, host)
+    publish_sweep(pruned)
+    table = penstock.front("all-pruned", home=pruned.home)
+    assert table[["sae_id", "status", "reason"]].values.tolist() == [[sae.sae_id, "pruned", "dead"]]
 
 
 # ---- penstock evaluate SWEEP ----------------------------------------------------------------------------------------
