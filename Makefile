@@ -10,15 +10,20 @@ BIN := .venv/bin
 demo: .venv/.runtime
 	$(BIN)/penstock run jobs/specs/demo.yaml
 
+# Files of tests side by side, one thread each, but for those on the shared Ray cluster, which need the cores.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(SIDE_BY_SIDE) -m "not slow and not ray"
+	$(BIN)/python -m pytest -m "ray and not slow"
 
 test-all: .venv/.test
-	$(BIN)/python -m pytest
+	$(SIDE_BY_SIDE) -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 check: .venv/.test
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) test
 
 setup: .venv/.runtime
 setup-test: .venv/.test
