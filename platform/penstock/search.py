@@ -3,9 +3,9 @@ which more to train (filling the front). Pure: no clock, no Ray, no I/O.
 
 Pruning. At rungs, a sixteenth, an eighth, a quarter and half of the run, every SAE is measured on the same search
 activations. One is stopped there when another of its hook point and width needs no more latents a token and leaves
-less unexplained by a margin, when it explains nothing, or when it is dead; see `stops`. Successive halving (Jamieson
-and Talwalkar, arXiv 1502.07943) stops a fixed share at a rung; a front has no ranking to take a share of, so here who
-stops is decided by dominance, and nobody need stop.
+less unexplained by a margin, when it explains nothing and others do, or when it is dead; see `stops`. Successive
+halving (Jamieson and Talwalkar, arXiv 1502.07943) stops a fixed share at a rung; a front has no ranking to take a
+share of, so here who stops is decided by dominance, and nobody need stop.
 
 Filling. Where two neighbours on the front lie far apart, or the front ends inside the L0 band, hypervolume is lost: one
 more SAE each goes where most is to be won; see `propose`.
@@ -64,19 +64,27 @@ def stops(figures: Mapping[Peer, Figures], margin: float) -> dict[str, str]:
 
     `a` is beaten by `b` of its group, of another variant, when L0(b) <= L0(a) and
     (1 - EV(b)) * (1 + margin) < 1 - EV(a). Seeds left aside that is transitive: what is beaten is beaten by one that
-    goes on, and the undominated SAEs of a group always stay.
+    goes on, and the undominated SAEs of a group always stay. One that explains nothing is beaten by the mean
+    activation, at an L0 of 0; yet where no other variant of the group explains anything either, it is early days.
     """
     found = {}
     for peer, own in figures.items():
-        reason = _hopeless(own) or _beaten(peer, own, figures, margin)
+        rivals = [other for rival, other in figures.items()
+                  if rival.group == peer.group and rival.variant != peer.variant]  # fmt: skip
+        late = math.isnan(own.explained_variance) or any(_useless(other) is None for other in rivals)
+        reason = _dead(own) or (_useless(own) if late else None) or _beaten(peer, own, figures, margin)
         if reason:
             found[peer.sae_id] = reason
     return found
 
 
-def _hopeless(own: Figures) -> str | None:
+def _dead(own: Figures) -> str | None:
     if own.l0 < DEAD_L0 or own.dead_fraction > DEAD_FRACTION:
         return f"dead: L0 {own.l0:.2g}, {own.dead_fraction:.0%} of its latents silent"
+    return None
+
+
+def _useless(own: Figures) -> str | None:
     if not own.explained_variance > 0:
         return f"it explains nothing: explained variance {own.explained_variance:.3f}"
     return None
@@ -90,7 +98,7 @@ def _beaten(peer: Peer, own: Figures, figures: Mapping[Peer, Figures], margin: f
         and rival.variant != peer.variant
         and other.l0 <= own.l0
         and (1 - other.explained_variance) * (1 + margin) < 1 - own.explained_variance
-        and _hopeless(other) is None
+        and not (_dead(other) or _useless(other))
     ]
     if not rivals:
         return None

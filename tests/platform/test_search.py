@@ -90,6 +90,20 @@ def test_dead_and_useless_saes_are_stopped_and_beat_nobody() -> None:
     assert found["worse than the mean"] == "it explains nothing: explained variance -0.100"
 
 
+def test_where_no_sae_explains_anything_yet_all_go_on_but_the_dead() -> None:
+    """Early in a short run, or of transcoders, which begin further away: they end as a front."""
+    figures = {
+        peer("slow"): at(6, -0.8),
+        peer("slower"): at(7, -1.2),
+        peer("dead"): at(0.01, -0.1),
+        peer("not a number"): at(4, math.nan),
+        peer("of another width", group="wide"): at(4, 0.5),
+    }
+    assert set(stops(figures, margin=0.1)) == {"dead", "not a number"}
+    seeds = {peer("seed 0", variant="one"): at(6, -0.1), peer("seed 1", variant="one"): at(6, 0.1)}
+    assert stops(seeds, margin=0.1) == {}
+
+
 FIGURES = st.builds(Figures, st.floats(0.2, 100), st.floats(-0.5, 0.999), st.floats(0, 0.9))
 
 
