@@ -3,6 +3,7 @@
 Beside a sweep they are evaluated by its protocol, on its rows, so that they stand on one front with its SAEs.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from pydantic import ValidationError
 
 from penstock.errors import CheckpointError, ModelError, SpecError, SweepError
 from penstock.evaluate import Asked, evaluation_store, resolve, say, with_options
@@ -156,7 +158,8 @@ def _by_their_word(
     try:
         description = describe_model(spec.model)
     except ModelError as error:
-        raise ModelError(with_options(str(error))) from None
+        message = str(error) if model is not None else str(error).replace("model.name", "its cfg.json: model", 1)
+        raise ModelError(with_options(message) if model is not None else f"{loaded[0].path}: {message}") from None
     _check_fit(loaded, description)
     storage = Storage(home.storage_uri(None))
     store = evaluation_store(spec.data, spec.model, description, storage)
@@ -191,8 +194,13 @@ def _described(loaded: Sequence[_Folder], asked: Asked, model: str | None, proce
             saes=[{}],
             evaluate=EvaluateSpec(ablation=asked.ablation or "zero"),
         )
-    except ValueError as error:
-        raise SpecError(f"{loaded[0].path}: its cfg.json: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][-1]) if first["loc"] else "settings"
+        given = {"context_size": ("--context", asked.context_size), "name": ("--model", model)}.get(name, ("", None))
+        where = f"{given[0]} {given[1]}" if given[1] is not None else (
+            f"{loaded[0].path}: its cfg.json: {name} {first['input']!r}")  # fmt: skip
+        raise SpecError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
 def _required(loaded: Sequence[_Folder], name: str, option: str) -> Any:
@@ -233,9 +241,23 @@ def _processing_of(loaded: Sequence[_Folder]) -> str:
 def _beside(home: Home, loaded: Sequence[_Folder], name: str) -> _Ground:
     runs = find_sweep(home, name)
     sweep = resolve(home, runs)
+    _check_protocol(runs, sweep)
     _check_fit(loaded, sweep.model)
     means = _means(sweep, loaded) if sweep.spec.evaluate.ablation == "mean" else {}
     return _Ground(sweep.spec, sweep.model, sweep.storage, sweep.evaluated, sweep.protocol, means, runs)
+
+
+def _check_protocol(runs: SweepRuns, sweep: ResolvedSweep) -> None:
+    """Raise `SweepError` where folders would be evaluated by another protocol than the figures beside which they are
+    put."""
+    file = runs.artifact("protocol.json")
+    published = None if file is None else content_id(json.loads(file.read_text(encoding="utf-8")))
+    if published not in (None, sweep.protocol_id):
+        raise SweepError(
+            f"the figures of sweep {runs.name!r} are by protocol {published}, and its spec comes to "
+            f"{sweep.protocol_id} now: its dataset has changed, or how figures are made; accepted: the data it was run "
+            "with, or another run of it"
+        )
 
 
 def _means(sweep: ResolvedSweep, loaded: Sequence[_Folder]) -> dict[Site, str]:
@@ -254,7 +276,7 @@ def _check_fit(loaded: Sequence[_Folder], description: ModelDescription) -> None
         try:
             check_sites(description, [folder.site])
         except ModelError as error:
-            raise ModelError(f"{folder.path}: {error}") from None
+            raise ModelError(f"{folder.path}: {str(error).replace('hook_points: model.name', 'model')}") from None
         sae, site = folder.sae, folder.site
         for what, width, name in (("d_in", sae.d_in, site.reads), ("d_out", sae.d_out, site.writes)):
             there = description.hook_points[name]
@@ -282,9 +304,11 @@ def _evaluate(evaluation: Evaluation, ground: _Ground, modules: "Mapping[Subject
 
 
 def _row(folder: _Folder, subject: Subject, evaluation: Evaluation) -> dict[str, Any]:
+    from penstock.compare import trained_as
+
     cfg = folder.sae.cfg
     return {
-        "sae_id": folder.path, "hook_point": folder.site.label, "architecture": cfg.architecture,
+        "sae_id": folder.path, "hook_point": folder.site.label, "architecture": trained_as(cfg),
         "d_sae": cfg.d_sae, "prefix": subject.prefix, **folder.settings,
         **evaluation.figures(subject, folder.site), "status": "finished",
     }  # fmt: skip
@@ -304,4 +328,5 @@ def _front(home: Home, table: pd.DataFrame, rows: pd.DataFrame, ground: _Ground)
         rows = pd.concat([rows, evaluated], ignore_index=True)
         baselines = baseline_table(home, ground.beside)
         baselines = baselines[baselines["hook_point"].isin(table["hook_point"])]
-    return Evaluated(ground.protocol, mark_front(table, ground.l0_band, rows), baselines)
+    beside = None if ground.beside is None else ground.beside.name
+    return Evaluated(ground.protocol, mark_front(table, ground.l0_band, rows), baselines, ground.l0_band, beside)

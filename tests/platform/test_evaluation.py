@@ -16,7 +16,7 @@ import penstock
 from penstock import decisions
 from penstock import evaluate as evaluate_module
 from penstock.cli import main
-from penstock.errors import CheckpointError, DataError
+from penstock.errors import CheckpointError, DataError, SweepError
 from penstock.evaluate import Asked, evaluate_sweep
 from penstock.evaluation import evaluation_of, figures_of, in_process, of_sae, rows_of
 from penstock.home import Home
@@ -31,7 +31,7 @@ from penstock.statistics import HEADLINE, Bootstrap
 from penstock.storage import Storage
 from penstock.subjects import load_mean, load_subject
 from penstock.tokens import TokenStore
-from penstock.tracking import find_sweep
+from penstock.tracking import SweepRuns, find_sweep
 from sae_core import SAE, EvaluationSums
 from sae_core.evaluation import ROW_SUMS, metrics_of
 from whole_sweeps import evaluate, publish_sweep, quiet, resolve, run_sweep, train, write_inputs, write_spec
@@ -366,6 +366,17 @@ def test_a_folder_beside_a_sweep_stands_on_one_front_with_it(sweep, pulled, caps
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert "there already" in err and str(pulled) in out and original in out
+
+
+def test_no_folder_is_put_beside_figures_of_another_protocol(sweep, pulled, tmp_path, monkeypatch):
+    """Where the dataset has changed since, rows would be paired that are of other tokens."""
+    (tmp_path / "protocol.json").write_text(json.dumps({**sweep.protocol, "tokens": "others"}))
+    kept = SweepRuns.artifact
+    monkeypatch.setattr(
+        SweepRuns, "artifact", lambda runs, name: tmp_path / name if name == "protocol.json" else kept(runs, name)
+    )
+    with pytest.raises(SweepError, match=f"its spec comes to {sweep.protocol_id} now"):
+        evaluate_folders(sweep.home, [str(pulled)], Asked(), beside="plain")
 
 
 def test_folders_of_several_hook_points_are_evaluated_by_what_they_say(sweep, pulled, folder, host):
