@@ -119,8 +119,9 @@ def mark_front(
     usable = table[_usable(table, l0_band)]
     settings = None if rows is None else _settings_keys(usable)
     for hook_point, group in usable.groupby("hook_point", sort=False):
-        bootstrap = None if rows is None else _bootstrap(rows[rows["hook_point"] == hook_point], group)
+        of_hook_point = None if rows is None else rows[rows["hook_point"] == hook_point]
         for _, peers in group.groupby(_class_of(group), sort=False):
+            bootstrap = None if of_hook_point is None else _bootstrap(of_hook_point, peers)
             rivals = _Rivals(peers, bootstrap)
             on_front[peers.index] = ~rivals.dominated
             for position, best in rivals.best_dominators():

@@ -156,6 +156,13 @@ def test_an_sae_without_rows_is_not_judged():
     assert list(mark_front(table, rows=pd.DataFrame())["on_front"]) == [True, False]  # none at all: by the figures
 
 
+def test_protocols_have_rows_of_their_own():
+    table, rows = evaluated(sae("p1", 8, 0.90, protocol="p"), sae("p2", 9, 0.5, protocol="p"))
+    other, its_rows = evaluated(sae("q1", 8, 0.4, protocol="q"), sae("q2", 9, 0.3, protocol="q"), documents=20)
+    marked = mark_front(pd.concat([table, other]), rows=pd.concat([rows, its_rows]))
+    assert list(marked["dominated_by"]) == [None, "p1", None, "q1"]
+
+
 def test_hook_points_have_rows_of_their_own():
     table, rows = evaluated(
         sae("a1", 8, 0.90), sae("a2", 9, 0.5), sae("b1", 8, 0.4, hook_point="b"), sae("b2", 9, 0.3, hook_point="b")
