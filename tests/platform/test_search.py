@@ -228,22 +228,38 @@ def test_an_sae_of_a_later_wave_that_stood_behind_a_rung_when_it_was_decided_is_
     assert [(stop.sae_id, stop.rung) for stop in state.decide()] == [("second", 61)]
 
 
-@given(st.randoms(use_true_random=False), st.lists(FIGURES, min_size=2, max_size=8))
-def test_the_order_of_reports_decides_nothing(order: random.Random, all_figures: list[Figures]) -> None:
-    names = [str(index) for index in range(len(all_figures))]
+@given(st.randoms(use_true_random=False), st.lists(st.tuples(FIGURES, FIGURES, FIGURES), min_size=2, max_size=8))
+def test_the_order_of_reports_decides_nothing(
+    order: random.Random, all_figures: list[tuple[Figures, Figures, Figures]]
+) -> None:
+    """Nor how far an SAE gets before it hears that it is stopped, nor a driver that starts again on the way."""
+    names, rungs = [str(index) for index in range(len(all_figures))], (61, 122, 244)
 
-    def decided(reports: list[tuple[str, int]]) -> set[str]:
+    def decided(turns: list[str], restarts: bool) -> set[tuple[str, int]]:
         state = pruning(*(peer(name) for name in names))
-        found = set()
-        for name, rung in reports:
-            state.reach(name, rung, all_figures[int(name)])
-            found |= {stop.sae_id for stop in state.decide() if stop.rung == 61}
-        return found
+        at_rung, found = dict.fromkeys(names, 0), []
+        for name in turns:
+            if name in state.stopped and order.random() < 0.5:
+                continue
+            if at_rung[name] < len(rungs):
+                state.reach(name, rungs[at_rung[name]], all_figures[int(name)][at_rung[name]])
+                at_rung[name] += 1
+            if restarts and order.random() < 0.2:
+                state = pruning(*(peer(one) for one in names))
+                for one in names:
+                    for index in range(at_rung[one]):
+                        state.reach(one, rungs[index], all_figures[int(one)][index])
+                for stop in found:
+                    state.stop(stop.sae_id, stop.rung)
+            found += state.decide()
+        assert len({stop.sae_id for stop in found}) == len(found)
+        return {(stop.sae_id, stop.rung) for stop in found}
 
-    reports = [(name, 61) for name in names]
-    shuffled = list(reports)
+    shuffled = names * 3
     order.shuffle(shuffled)
-    assert decided(reports) == decided(shuffled + shuffled)
+    in_step = decided(names * 3, restarts=False)
+    assert decided(shuffled, restarts=False) == in_step
+    assert decided(shuffled, restarts=True) == in_step
 
 
 def test_a_driver_that_starts_again_comes_to_the_same_decisions() -> None:
