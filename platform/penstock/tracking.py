@@ -33,6 +33,7 @@ import yaml
 from penstock.errors import SweepError
 from penstock.home import Home
 from penstock.pareto import key_of, mark_front
+from penstock.text import number
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,11 +79,16 @@ class TrackedSAE:
 
     @property
     def title(self) -> str:
-        """What the UI calls the run: `topk d_sae=1024 k=32 · blocks.3.hook_resid_post`."""
-        shown = ("d_sae", "k", "l1_coefficient", "target_l0", "seed")
-        settings = [f"{name}={self.params[name]}" for name in shown if name in self.params]
+        """What the UI calls the run: `topk k=32 · blocks.3.hook_resid_post · d_sae=1024 seed=0`. What SAEs differ in
+        comes first: a table of runs has room for some twenty characters."""
+
+        def of(*names: str) -> str:
+            given = [(name, self.params[name]) for name in names if self.params.get(name) is not None]
+            return " ".join(f"{name}={number(value)}" for name, value in given)
+
         kind = self.baseline or str(self.params.get("architecture", "sae"))
-        return f"{' '.join([kind, *settings])} · {self.hook_point}"
+        first = f"{kind} {of(*SPARSITY_SETTINGS)}".rstrip()
+        return " · ".join(filter(None, [first, self.hook_point, of("d_sae", "seed")]))
 
     @property
     def sparsity(self) -> dict[str, Any]:

@@ -439,5 +439,7 @@ def test_mlflows_refusal_is_one_message(tmp_path, monkeypatch):
 
 
 def test_the_title_tells_saes_apart():
-    assert tracked("early-8").title == f"topk d_sae=6 k=8 seed=0 · {EARLY}"
-    assert FROZEN.title == f"frozen_decoder d_sae=6 k=8 · {EARLY}"
+    assert tracked("early-8").title == f"topk k=8 · {EARLY} · d_sae=6 seed=0"
+    assert FROZEN.title == f"frozen_decoder k=8 · {EARLY} · d_sae=6"
+    controlled = TrackedSAE("x", EARLY, {"architecture": "jumprelu", "target_l0": 32.0, "l0_coefficient": None})
+    assert controlled.title == f"jumprelu target_l0=32 · {EARLY}"
