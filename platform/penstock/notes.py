@@ -101,14 +101,18 @@ def sweep_note(
 
 
 def _section(hook_point: str, front: pd.DataFrame, models: Mapping[str, str]) -> str:
-    header = ["SAE", "architecture", "sparsity", "L0", "CE recovered (95% interval)", "dead", "targets", "alias"]
+    missed = [_missed(record) for record in front.to_dict("records")]
+    targets = any(cell is not None for cell in missed)
+    header = ["SAE", "architecture", "sparsity", "L0", "CE recovered (95% interval)", "dead",
+              *(["targets"] if targets else []), "alias"]  # fmt: skip
     addresses = [models[key].rpartition("@") for key in map(key_of, front.to_dict("records")) if key in models]
     title = f"**`{hook_point}`**" + (f": model `{addresses[0][0]}`" if addresses else "")
     lines = [f"{title}\n", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for record in front.to_dict("records"):
+    for record, of_targets in zip(front.to_dict("records"), missed, strict=True):
         key = key_of(record)
         cells = [f"`{key}`", kind_of(record), _sparsity(record), f"{record['l0']:.4g}",
-                 _figure(record, "ce_recovered", ".4f"), f"{record['dead_fraction']:.3f}", _missed(record) or "",
+                 _figure(record, "ce_recovered", ".4f"), f"{record['dead_fraction']:.3f}",
+                 *([of_targets or ""] if targets else []),
                  f"`@{models[key].rpartition('@')[2]}`" if key in models else ""]  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

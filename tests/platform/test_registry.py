@@ -283,7 +283,7 @@ def test_the_run_of_an_sae_says_how_to_fetch_it_and_why_it_is_on_the_front_or_no
 def test_the_sweeps_run_shows_the_front_of_each_hook_point(home):
     about = note(home, "demo")
     assert about.startswith("**5 finished, 1 diverged.** On the Pareto front of their hook points with an L0 of 2 to")
-    assert "| `early-8` | topk | k=8 | 8 | 0.9000 | 0.250 |  | `@best` |" in about and "early-9" not in about
+    assert "| `early-8` | topk | k=8 | 8 | 0.9000 | 0.250 | `@best` |" in about and "early-9" not in about
     assert f"**`{LATE}`**: model `models:/{LATE_MODEL}`\n" in about
 
 
