@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from penstock.plan import PlannedSAE
     from penstock.storage import Storage
+    from sae_core import SAEConfig
 
 _SAMPLED_LATENTS = 8192
 """Seed stability of wider SAEs is that of so many of their latents, spread evenly: a driver has no time for more."""
@@ -224,8 +225,16 @@ def read_dictionary(folder: Path, name: str) -> Dictionary:
     hook_point = sae.cfg.metadata.get("hook_name_out") or sae.cfg.metadata.get("hook_name") or ""
     latents = alive.nonzero()[:, 0]
     return Dictionary(
-        name, sae.cfg.architecture, str(hook_point), sae.d_sae, latents, directions(sae.W_dec)[latents]
+        name, trained_as(sae.cfg), str(hook_point), sae.d_sae, latents, directions(sae.W_dec)[latents]
     )
+
+
+def trained_as(cfg: "SAEConfig") -> str:
+    """The architecture that an SAE was trained as, where its folder tells; else the one that it is saved as. A
+    batch_topk SAE is saved as a jumprelu one, as SAELens does."""
+    settings = cfg.metadata.get("sae_settings")
+    trained = settings.get("architecture") if isinstance(settings, dict) else None
+    return trained if isinstance(trained, str) else cfg.architecture
 
 
 # ---- a sweep's seeds ------------------------------------------------------------------------------------------------

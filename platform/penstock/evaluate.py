@@ -88,7 +88,7 @@ def evaluate_sweep(home: Home, name: str, asked: Asked, address: str | None = No
         say("all of these figures are there already")
     table = sae_table(sweep, evaluation)
     finished = table[table["status"] == "finished"].reset_index(drop=True)
-    found = Evaluated(evaluation.protocol, finished, baseline_table(sweep, evaluation))
+    found = Evaluated(evaluation.protocol, finished, baseline_table(sweep, evaluation), runs.l0_band)
     _keep(home, runs, found, evaluation)
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def format_front(table: "pd.DataFrame", l0_band: "Band | None" = None, *, by_arc
         places = ordered["hook_point"].map({name: at for at, name in enumerate(ordered["hook_point"].unique())})
         order = ordered.assign(_place=places).sort_values(["_place", "architecture"], kind="stable").index
         ordered = ordered.loc[order].reset_index(drop=True)
-    columns = _Columns(ordered, sections)
+    columns = _Columns(ordered, sections, l0_band)
     head, _, *lines = text_table(columns.header(), columns.rows(), right=columns.right).splitlines()
     volumes, band = _hypervolumes(ordered, l0_band, sections), hypervolume_band(ordered, l0_band)
     parts: list[str] = []
@@ -82,11 +83,11 @@ def format_over_all(table: "pd.DataFrame") -> str:
         raise SweepError("this sweep's figures are from before the CE increase was kept; accepted: a newer sweep")
     ordered = table.assign(ce_increase=increase).sort_values(["ce_increase", "l0"], kind="stable", ignore_index=True)
     ordered = ordered[ordered["ce_increase"].notna()]
-    figures = [_with_interval(ordered, name, decimals) for name, decimals in (("ce_increase", 4), ("l0", 2))]
-    recovered = _with_interval(ordered, "ce_recovered", 4)
+    figures = [with_interval(ordered, name, decimals) for name, decimals in (("ce_increase", 4), ("l0", 2))]
+    recovered = with_interval(ordered, "ce_recovered", 4)
     rows = [
         ["*" if record["on_overall_front"] else "", record["hook_point"], kind_of(record), number(record["d_sae"]),
-         _sparsity(record), figures[0][at], figures[1][at], recovered[at], figure(record["dead_fraction"], 3),
+         sparsity_of(record), figures[0][at], figures[1][at], recovered[at], figure(record["dead_fraction"], 3),
          key_of(record)] for at, record in enumerate(ordered.to_dict("records"))
     ]  # fmt: skip
     header = ["", "hook point", "architecture", "d_sae", "sparsity", "CE increase", "L0", "CE rec.", "dead", "sae_id"]
@@ -109,18 +110,33 @@ def hypervolume_band(table: "pd.DataFrame", l0_band: "Band | None") -> "Band | N
     return (low, high) if 0 < low < high else None
 
 
+def why_not_on_front(table: "pd.DataFrame", l0_band: "Band | None" = None) -> list[str]:
+    """A cell a row: the beginning of the id of what dominates it, or why it was not compared at all; empty for what is
+    on the front, and for what has no figures."""
+    cells = []
+    for record in table.to_dict("records"):
+        cell, l0, recovered = short_id(record.get("dominated_by")), plain(record["l0"]), plain(record["ce_recovered"])
+        if not (cell or record["on_front"] or l0 is None or recovered is None):
+            if l0_band is not None and not l0_band[0] <= l0 <= l0_band[1]:
+                cell = f"(L0 not in {l0_band[0]:g}:{l0_band[1]:g})"
+            elif recovered <= 0:
+                cell = "(recovers nothing)"
+        cells.append(cell)
+    return cells
+
+
 # ---- columns --------------------------------------------------------------------------------------------------------
 
 
 class _Columns:
     """The cells of a table's rows, those that are worth their width."""
 
-    def __init__(self, table: "pd.DataFrame", sections: Sequence[str]):
+    def __init__(self, table: "pd.DataFrame", sections: Sequence[str], l0_band: "Band | None" = None):
         self.table, self.records, self.sections = table, table.to_dict("records"), sections
         self.settings = _varying_settings(table)
         self.has_status = bool((table["status"] != "finished").any())
         self.has_targets = "missed" in table and bool(table["missed"].map(lambda text: isinstance(text, str)).any())
-        self.has_dominated = "dominated_by" in table and bool(table["dominated_by"].notna().any())
+        self.why_not = why_not_on_front(table, l0_band)
         self.has_stability = "seed_stability" in table and bool(table["seed_stability"].notna().any())
         self.has_rounds = "proposed" in table and bool(table["proposed"].notna().any())
         self.knees = _knees(table, sections)
@@ -138,26 +154,26 @@ class _Columns:
             *(title for _, title in self.further), "dead",
             *(["stable"] if self.has_stability else []), *(["round"] if self.has_rounds else []),
             *(["status"] if self.has_status else []), *(["missed"] if self.has_targets else []), "sae_id",
-            *(["dominated by"] if self.has_dominated else []),
+            *(["dominated by"] if any(self.why_not) else []),
         ]  # fmt: skip
 
     def rows(self) -> list[list[str]]:
         from penstock.pareto import key_of, kind_of
 
-        figures = [_with_interval(self.table, name, decimals) for name, decimals in
+        figures = [with_interval(self.table, name, decimals) for name, decimals in
                    (("l0", 2), ("ce_recovered", 4))]  # fmt: skip
         figures += [[figure(record[name], 4) for record in self.records] for name, _ in self.further]
         return [
             [
                 self._mark(label, record), kind_of(record), *([number(record["d_sae"])] if self.has_widths else []),
-                _sparsity(record),
+                sparsity_of(record),
                 *(cells[at] for cells in self.settings.values()), *(cells[at] for cells in figures),
                 figure(record["dead_fraction"], 3),
                 *([_or_empty(record["seed_stability"], 3)] if self.has_stability else []),
                 *([number(record["proposed"])] if self.has_rounds else []),
                 *([str(record["status"])] if self.has_status else []),
                 *([_missed_names(record["missed"])] if self.has_targets else []), key_of(record),
-                *([_short(record["dominated_by"])] if self.has_dominated else []),
+                *([self.why_not[at]] if any(self.why_not) else []),
             ]
             for at, (label, record) in enumerate(zip(self.table.index, self.records, strict=True))
         ]  # fmt: skip
@@ -168,7 +184,7 @@ class _Columns:
         return marks + ("!" if record.get("certain") is True else "")
 
 
-def _with_interval(table: "pd.DataFrame", name: str, decimals: int) -> list[str]:
+def with_interval(table: "pd.DataFrame", name: str, decimals: int) -> list[str]:
     """The cells of a figure, with half the width of its interval where any row has one: `0.971 ±.004`."""
     values = [plain(value) for value in table[name]]
     if f"{name}_low" not in table or not table[f"{name}_low"].notna().any():
@@ -223,7 +239,7 @@ def _cell(record: Mapping[str, Any], name: str, default: Any) -> str:
     return "" if at_default and name != "seed" else number(value) or number(default)
 
 
-def _sparsity(record: Mapping[str, Any]) -> str:
+def sparsity_of(record: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={number(record[name])}" for name in SPARSITY if plain(record.get(name)) is not None)
 
 
@@ -231,10 +247,9 @@ def _or_empty(value: Any, decimals: int) -> str:
     return "" if plain(value) is None else figure(value, decimals)
 
 
-def _short(sae: Any) -> str:
-    """The beginning of an id, which commands accept, and a prefix's width."""
-    name, bracket, width = str(plain(sae) or "").partition("[")
-    return name[:_SHORT_ID] + bracket + width
+def short_id(sae: Any) -> str:
+    """The beginning of an id, which commands accept, and a prefix's width; a folder's name as it is."""
+    return re.sub(rf"^([0-9a-f]{{{_SHORT_ID}}})[0-9a-f]*(?=\[|$)", r"\1", str(plain(sae) or ""))
 
 
 _TARGET_NAMES = {"l0": "L0", "ce_recovered": "CE", "explained_variance": "EV", "dead_fraction": "dead"}
@@ -286,7 +301,7 @@ def _seeds(table: "pd.DataFrame", columns: _Columns) -> list[str]:
         place = at[group["sae"]]
         record = columns.records[place]
         rows.append(
-            [record["hook_point"], kind_of(record), number(record["d_sae"]), _sparsity(record),
+            [record["hook_point"], kind_of(record), number(record["d_sae"]), sparsity_of(record),
              *(cells[place] for cells in settings.values()), str(group["seeds"]), _spread(group, "l0", 2),
              _spread(group, "ce_recovered", 4), _spread(group, "dead_fraction", 3)]
         )  # fmt: skip
@@ -322,7 +337,7 @@ def _remedies(table: "pd.DataFrame") -> list[str]:
     if "missed" not in table:
         return []
     missing = [record for record in table.to_dict("records") if isinstance(record["missed"], str) and record["missed"]]
-    lines = [f"{_short(key_of(record))}: {record['missed']}\n  {record['remedy']}"
+    lines = [f"{short_id(key_of(record))}: {record['missed']}\n  {record['remedy']}"
              for record in missing if record["on_front"]]  # fmt: skip
     if others := len(missing) - len(lines):
         lines.append(f"{others} that are not on the front miss some, too; --json has all of it")

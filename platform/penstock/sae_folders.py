@@ -200,7 +200,8 @@ def _described(loaded: Sequence[_Folder], asked: Asked, model: str | None, proce
         given = {"context_size": ("--context", asked.context_size), "name": ("--model", model)}.get(name, ("", None))
         where = f"{given[0]} {given[1]}" if given[1] is not None else (
             f"{loaded[0].path}: its cfg.json: {name} {first['input']!r}")  # fmt: skip
-        raise SpecError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{where}: {message[0].lower()}{message[1:]}") from None
 
 
 def _required(loaded: Sequence[_Folder], name: str, option: str) -> Any:

@@ -1,10 +1,19 @@
+import json
 import math
 
 import pandas as pd
 import pytest
 import torch
 
-from penstock.compare import Dictionary, compare, compare_dictionaries, format_comparison, seed_stability, write_latents
+from penstock.compare import (
+    Dictionary,
+    compare,
+    compare_dictionaries,
+    format_comparison,
+    read_dictionary,
+    seed_stability,
+    write_latents,
+)
 from penstock.errors import CheckpointError, SweepError
 from penstock.sites import Site
 from penstock.storage import Storage
@@ -47,6 +56,15 @@ def test_a_permuted_copy_a_random_one_and_one_with_half_of_the_features(tmp_path
     of_a = found.latents[found.latents["sae"] == folders[0]]
     assert list(of_a["found_in"]) == [2] * 100 + [1] * 100 and set(of_a["of"]) == {3}
     assert found.stability(found.dictionaries[0]) == pytest.approx(0.5)
+
+
+def test_a_folder_goes_by_the_architecture_that_it_was_trained_as(tmp_path):
+    folder = save(tmp_path / "a", weights())
+    assert read_dictionary(tmp_path / "a", "a").architecture == "topk"
+    cfg = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    cfg["metadata"]["sae_settings"] = {"architecture": "batch_topk"}
+    (tmp_path / "a" / "cfg.json").write_text(json.dumps(cfg))
+    assert read_dictionary(tmp_path / "a", folder).architecture == "batch_topk"
 
 
 def test_widths_may_differ(tmp_path):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from penstock.errors import SweepError
-from penstock.front_table import format_front, format_over_all, front_json, hypervolume_band
+from penstock.front_table import format_front, format_over_all, front_json, hypervolume_band, why_not_on_front
 
 
 def sae(sae_id, architecture, l0, ce_recovered, **more):
@@ -61,6 +61,18 @@ def test_intervals_stand_compactly_behind_their_figures():
     assert "± half of the 95% interval over documents" in "\n".join(out)
     narrow = [row | {"ce_recovered_low": 0.9708, "ce_recovered_high": 0.9712} for row in rows[:1]]
     assert "0.9710 ±.0002" in lines(narrow)[2]
+
+
+def test_what_is_not_on_the_front_says_why():
+    rows = [sae("x", "topk", 8.0, 0.9), sae("z", "topk", 3.0, 0.7, on_front=False),
+            sae("y", "topk", 9.0, 0.8, on_front=False, dominated_by="0123456789ab[32]"),
+            sae("w", "topk", 9.0, -0.1, on_front=False),
+            sae("v", "topk", math.nan, math.nan, on_front=False)]  # fmt: skip
+    assert why_not_on_front(pd.DataFrame(rows), (4, 40)) == [
+        "", "(L0 not in 4:40)", "01234567[32]", "(recovers nothing)", ""
+    ]  # fmt: skip
+    out = lines(rows[:2], (4, 40))
+    assert out[1].endswith("sae_id  dominated by") and out[2].endswith("z       (L0 not in 4:40)")
 
 
 def test_the_knee_certainty_and_the_hypervolume_are_marked():
