@@ -324,17 +324,15 @@ def _front(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.pull import front
     from penstock.tracking import find_sweep
 
-    table = front(
-        arguments.sweep,
-        hook_point=arguments.hook_point,
-        architecture=arguments.architecture,
-        l0=arguments.l0,
-        by=arguments.by,
-        home=home,
-    )
+    which = {"hook_point": arguments.hook_point, "architecture": arguments.architecture, "home": home}
+    table = front(arguments.sweep, l0=arguments.l0, by=arguments.by, **which)
     band = arguments.l0 or find_sweep(home, arguments.sweep).l0_band
     if arguments.json:
         print(front_json(table, band))
+    elif table.empty and arguments.l0 is not None:
+        l0s = front(arguments.sweep, **which)["l0"].dropna()
+        there = f"there are {len(l0s)}, from {l0s.min():.3g} to {l0s.max():.3g}" if len(l0s) else "none has one"
+        print(f"no SAE has an L0 in {band[0]:g}:{band[1]:g}; {there}")
     elif arguments.over_all:
         print(format_over_all(table))
     else:
@@ -386,8 +384,8 @@ def _compare(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.compare import compare, format_comparison, write_latents
 
     target = None if arguments.to is None else Path(arguments.to)
-    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
-        raise SweepError(f"--to {str(target)!r}: accepted is a file in a folder that is there")
+    if target is not None and (target.suffix != ".parquet" or target.is_dir() or not target.absolute().parent.is_dir()):
+        raise SweepError(f"--to {str(target)!r}: accepted is a .parquet file in a folder that is there")
     comparison = compare(arguments.saes, sweep=arguments.sweep, threshold=arguments.threshold, home=home)
     if target is not None:
         write_latents(comparison, target)

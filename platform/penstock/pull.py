@@ -159,11 +159,14 @@ def _choose(
         if not (hook_point is sae is architecture is l0 is None):
             raise SweepError(f"model {sweep!r} is one SAE: hook_point, sae, architecture and l0 go with a sweep's name")
         return _choose_registered(home, sweep)
-    if (hook_point is None) == (sae is None) or (sae is not None and (architecture is not None or l0 is not None)):
+    if hook_point is None and sae is None:
         raise SweepError(
-            f"hook_point {hook_point!r}, sae {sae!r}: accepted is a hook point to pick from (architecture and l0 "
-            "narrow it down), or an SAE alone, or the address of a registered model in place of the sweep"
+            f"sweep {sweep!r} has many SAEs: give a hook point to pick the best of (an architecture and a band of L0 "
+            "narrow it down), or the id of an SAE"
         )
+    given = {"hook_point": hook_point, "architecture": architecture, "l0": l0}
+    if sae is not None and (besides := [f"{name} {value!r}" for name, value in given.items() if value is not None]):
+        raise SweepError(f"{', '.join(besides)} cannot go with sae {sae!r}, which is one SAE; accepted: either of them")
     runs = find_sweep(home, sweep)
     table = sweep_table(home, runs)
     if sae is None:
