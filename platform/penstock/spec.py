@@ -262,7 +262,7 @@ class SearchSpec(_Section):
     """What is decided while the sweep runs, by figures of the `search` split alone."""
 
     prune: bool = Field(False, description="stop SAEs on the way that others of their hook point and width beat")
-    margin: float = Field(0.1, ge=0, description="by how much, of the variance that they leave unexplained")
+    margin: float = Field(0.15, ge=0, description="by how much, of the variance that they leave unexplained")
     fill: int = Field(0, ge=0, description="so many more SAEs, where the front has its widest gaps")
 
     @property
