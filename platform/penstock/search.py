@@ -5,9 +5,9 @@ Pruning. At rungs, a sixteenth, an eighth, a quarter and half of the run, every 
 activations. One is stopped there when another of its hook point and width needs no more latents a token and leaves
 less unexplained by a margin, when it explains nothing and others do, or when it is dead; see `stops`. Successive
 halving (Jamieson and Talwalkar, arXiv 1502.07943) stops a fixed share at a rung; a front has no ranking to take a
-share of, so here who stops is decided by dominance, and nobody need stop. The margin is for what SAEs still gain on each other after a
-rung: replayed on a grid of 66 SAEs of the demo, 0.1 stopped 19, one of which was on the front in the end, 0.15 stopped
-15, and none.
+share of, so here who stops is decided by dominance, and nobody need stop. The margin is for what SAEs still gain on
+each other after a rung: replayed on a grid of 66 SAEs of the demo, 0.1 stopped 19, one of which was on the front in
+the end, and 0.15 stopped 15, none of which was.
 
 Filling. Where two neighbours on the front lie far apart, or the front ends inside the L0 band, hypervolume is lost: one
 more SAE each goes where most is to be won; see `propose`.
