@@ -58,7 +58,7 @@ VERDICTS = ["missed", "remedy"]  # an SAE's targets, in words
 
 SPARSITY_SETTINGS = ("target_l0", "k", "l1_coefficient", "l0_coefficient")  # the first that is set fixes the L0
 NOT_APPLICABLE = ("", "n/a")  # of a number and of a text
-_FOR_PLOTS = {"sparsity", "sparsity_by"}  # parameters that repeat others under one name
+_FOR_PLOTS = {"sparsity_value", "sparsity_by"}  # parameters that repeat others under one name
 _RUN_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED",
                "pruned": "KILLED"}  # fmt: skip
 _SETTLED = ("finished", "diverged", "pruned")  # training again in this sweep would give the same
@@ -94,7 +94,7 @@ class TrackedSAE:
     def sparsity(self) -> dict[str, Any]:
         """What sets the SAE's L0, under names that every architecture has: a plot of runs needs one axis for all."""
         name = next((name for name in SPARSITY_SETTINGS if self.params.get(name) is not None), None)
-        return {} if name is None else {"sparsity": self.params[name], "sparsity_by": name}
+        return {} if name is None else {"sparsity_value": self.params[name], "sparsity_by": name}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_child_has_its_parameters_tags_figures_and_checkpoint(finished_home):
     assert run.info.status == "FINISHED"
     assert run.data.params == {
         "hook_point": EARLY, "architecture": "topk", "d_sae": "6", "k": "8", "lr": "0.0004", "seed": "0",
-        "sparsity": "8", "sparsity_by": "k",
+        "sparsity_value": "8", "sparsity_by": "k",
     }  # fmt: skip
     tags = {key: run.data.tags[key] for key in ("hook_point", "architecture", "status", "on_front", "sae_id")}
     assert tags == {"hook_point": EARLY, "architecture": "topk", "status": "finished", "on_front": "true",
@@ -353,23 +353,33 @@ def test_every_run_has_every_axis_of_the_sweep_so_that_plots_of_many_runs_leave_
     common = {"hook_point": EARLY, "d_sae": "6"}
     # A text among numbers would make names of an axis; an empty one is drawn at 0. `d_sae` is the same everywhere.
     assert child(home, "axes", "k8").data.params == common | {
-        "architecture": "topk", "k": "8", "sparsity": "8", "sparsity_by": "k", "l1_coefficient": "", "warm": "n/a",
+        "architecture": "topk", "k": "8", "sparsity_value": "8", "sparsity_by": "k",
+        "l1_coefficient": "", "warm": "n/a",
     }  # fmt: skip
     assert child(home, "axes", "l1-2.5").data.params == common | {
-        "architecture": "standard", "k": "", "sparsity": "2.5", "sparsity_by": "l1_coefficient",
+        "architecture": "standard", "k": "", "sparsity_value": "2.5", "sparsity_by": "l1_coefficient",
         "l1_coefficient": "2.5", "warm": "b",
     }  # fmt: skip
     table = sweep_table(home, "axes").set_index("sae_id")
     assert math.isnan(table.loc["k8", "l1_coefficient"]) and math.isnan(table.loc["l1-2.5", "k"])
-    assert not {"sparsity", "sparsity_by"} & set(table)
+    assert not {"sparsity_value", "sparsity_by"} & set(table)
     wider = TrackedSAE("wide", EARLY, {"architecture": "jumprelu", "d_sae": 12, "target_l0": 16}, proposed=2)
     second = TrackedSAE("wide-8", EARLY, {"architecture": "jumprelu", "d_sae": 12, "target_l0": 8}, proposed=2)
     tracker.add([wider, second])
     assert child(home, "axes", "k8").data.params["target_l0"] == ""
     assert child(home, "axes", "wide").data.params == {
-        "hook_point": EARLY, "d_sae": "12", "architecture": "jumprelu", "target_l0": "16", "sparsity": "16",
+        "hook_point": EARLY, "d_sae": "12", "architecture": "jumprelu", "target_l0": "16", "sparsity_value": "16",
         "sparsity_by": "target_l0", "k": "", "l1_coefficient": "", "warm": "n/a", "proposed": "2",
     }  # fmt: skip
+
+
+def test_jumprelus_setting_of_the_penaltys_form_is_a_column_of_its_own(home):
+    penalties = [TrackedSAE(form, EARLY, {"architecture": "jumprelu", "d_sae": 6, "target_l0": 4, "sparsity": form})
+                 for form in ("tanh", "step")]  # fmt: skip
+    Tracker(home, "forms", "forms").open("name: forms\n", {}, penalties)
+    params = child(home, "forms", "step").data.params
+    assert (params["sparsity"], params["sparsity_value"], params["sparsity_by"]) == ("step", "4", "target_l0")
+    assert sorted(sweep_table(home, "forms")["sparsity"]) == ["step", "tanh"]
 
 
 def test_more_parameters_than_a_batch_holds_all_arrive(home):
