@@ -60,6 +60,7 @@ def front(
     in the spec's. With `by="architecture"` each architecture has a front of its own. Raises `SweepError` for a sweep,
     hook point or architecture that is not there.
     """
+    _check_band(l0)
     runs = find_sweep(_home(home), sweep)
     table = sweep_table(runs.home, runs)
     if hook_point is not None:
@@ -144,6 +145,16 @@ def _home(home: str | Home | None) -> Home:
     return where
 
 
+def _check_band(l0: Any) -> None:
+    try:
+        low, high = l0 or (0, math.inf)
+        fits = float(low) <= float(high)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits or isinstance(l0, str):
+        raise SweepError(f"l0 {l0!r}: accepted is a pair (LO, HI) with LO at most HI, like (50, 200)")
+
+
 @dataclass(frozen=True)
 class _Choice:
     """An SAE that was asked for. `fetch` puts its checkpoint below a folder and gives (where it lies, the SAE)."""
@@ -155,6 +166,7 @@ class _Choice:
 def _choose(
     home: Home, sweep: str, hook_point: str | None, sae: str | None, architecture: str | None, l0: Band | None
 ) -> _Choice:
+    _check_band(l0)
     if is_model_uri(sweep):
         if not (hook_point is sae is architecture is l0 is None):
             raise SweepError(f"model {sweep!r} is one SAE: hook_point, sae, architecture and l0 go with a sweep's name")

@@ -1,5 +1,6 @@
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def test_front_in_a_band_is_the_front_of_what_lies_inside(finished_home):
     table = penstock.front("demo", hook_point=EARLY, l0=(9, 40), home=finished_home)
     assert list(table["sae_id"]) == ["early-9", "early-32"]
     assert list(table["on_front"]) == [True, True]  # early-8, which beats early-9, lies outside
+
+
+@pytest.mark.parametrize("l0", ["4:40", "48", (40, 4), (1,), 5, (math.nan, 4), ("a", "b")])
+def test_a_band_is_a_pair(finished_home, l0):
+    with pytest.raises(SweepError, match=r"l0 .*: accepted is a pair \(LO, HI\)"):
+        penstock.front("demo", l0=l0, home=finished_home)
 
 
 def test_front_of_an_unknown_hook_point_says_which_there_are(finished_home):
