@@ -29,6 +29,10 @@ _SAMPLED_LATENTS = 8192
 """Seed stability of wider SAEs is that of so many of their latents, spread evenly: a driver has no time for more."""
 
 
+_PAIRS_SHOWN = 28
+"""A line a pair, for up to eight SAEs; the matrix is enough to read of more."""
+
+
 @dataclass(frozen=True)
 class Dictionary:
     """An SAE's live features: `directions` [n_live, d] of unit length, `latents` [n_live] their numbers in the SAE."""
@@ -303,7 +307,7 @@ def format_comparison(comparison: Comparison) -> str:
         text_table(header, rows, right={"d_sae", "live", "stability", *header[6:]}),
         f"in N: share of the SAE's live latents found again in SAE N: as mutual nearest neighbours of a decoder cosine "
         f"above {comparison.threshold:g}\nstability: its mean over the other SAEs",
-        text_table(
+        "" if len(comparison.pairs) > _PAIRS_SHOWN else text_table(
             ["pair", "shared", "of the first", "of the second", "mean max cosine", "Hungarian", "its mean cosine"],
             [[f"{numbers[pair.a]} - {numbers[pair.b]}", str(pair.shared), f"{pair.of_a:.3f}", f"{pair.of_b:.3f}",
               f"{pair.mean_max_cosine_a:.3f} / {pair.mean_max_cosine_b:.3f}", _share(pair.hungarian_shared),
@@ -312,13 +316,15 @@ def format_comparison(comparison: Comparison) -> str:
         ),
         *_remarks(comparison),
     ]  # fmt: skip
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _remarks(comparison: Comparison) -> list[str]:
     from sae_core.matching import HUNGARIAN_LATENTS
 
     remarks = []
+    if len(comparison.pairs) > _PAIRS_SHOWN:
+        remarks.append(f"The {len(comparison.pairs)} pairs, with mean cosines and the Hungarian method, are in --json.")
     hook_points = sorted({one.hook_point for one in comparison.dictionaries if one.hook_point})
     if len(hook_points) > 1:
         remarks.append(f"These are of several hook points ({', '.join(hook_points)}), whose directions need not agree.")

@@ -125,6 +125,13 @@ def test_the_text_has_the_saes_a_matrix_and_a_line_a_pair(tmp_path, monkeypatch)
     assert "The Hungarian method is left out above 150 live latents" in format_comparison(found)
 
 
+def test_of_many_saes_the_text_has_the_matrix_alone():
+    many = [Dictionary(str(n), "topk", "a", 8, torch.arange(8), directions(weights(8, seed=n))) for n in range(9)]
+    text = format_comparison(compare_dictionaries(many, 0.7))
+    assert "in 9" in text and "The 36 pairs" in text and "8 - 9" not in text
+    assert "7 - 8" in format_comparison(compare_dictionaries(many[:8], 0.7))
+
+
 def test_each_latents_stability_is_written(tmp_path):
     names = ["a", "b"]
     parts = [Dictionary(name, "topk", "", 5, torch.arange(5), directions(weights(5, 8, seed))) for name, seed in
