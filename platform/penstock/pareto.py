@@ -171,7 +171,8 @@ class _Rivals:
                 (twice or not self.no_denser[pairs].any()) and (self.falls_short | ~self.no_denser)[pairs].all()
                 for pairs, twice in ((np.ix_(own, group), twice) for group, twice in others)
             )
-            certain[own] = is_repeated and (beaten | (safe & ~self.dominated[own]))
+            # Of seeds of which one is dominated, be it by another of them, and one is not, nothing is certain.
+            certain[own] = is_repeated and (beaten or (safe and not self.dominated[own].any()))
         return certain
 
 
