@@ -34,6 +34,7 @@ __all__ = ["JSON_KEYS", "format_front", "front_json", "main", "text_table"]
 _ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
 _UI_STOP_SECONDS = 5
+_UI_VIEWS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -430,6 +431,7 @@ def _report(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def _ui(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.notes import views
     from penstock.tracking import has_database
 
     if home.tracking_uri.startswith(("http://", "https://")):
@@ -440,7 +442,10 @@ def _ui(arguments: argparse.Namespace, home: Home) -> int:
     port = _free_port(arguments.port or 0)
     with tempfile.TemporaryFile() as log, _terminated_as_interrupt(), _mlflow_server(home, port, log) as server:
         _wait_until_served(server, port, log)
-        print(f"MLflow UI: http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+        address = f"http://127.0.0.1:{port}"
+        print(f"MLflow UI: {address}  (Ctrl-C ends it)", flush=True)
+        for name, view in list(views(home).items())[:_UI_VIEWS]:
+            print(f"the SAEs of {name}: {address}{view}", flush=True)
         status = server.wait()
         raise SweepError(f"the MLflow server ended by itself with status {status}: {_tail(log)}")
 

@@ -1,20 +1,32 @@
 """What MLflow shows as the description of a sweep's runs: the figures, why an SAE did or did not make it, and the
 commands and lines of code that fetch it. A description that a user has changed is left alone."""
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from penstock.home import Home
 from penstock.identity import content_id
 from penstock.pareto import by_hook_point, key_of, kind_of
-from penstock.tracking import SPARSITY_SETTINGS, SweepRuns, connect, reported
+from penstock.tracking import SPARSITY_SETTINGS, SweepRuns, connect, pages, reported
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NOTE, NOTE_ID = "mlflow.note.content", "penstock.note"
+VIEW = "penstock"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"  # of an experiment: what `?viewStateShareKey=penstock` shows
+_VIEW = {
+    "searchFilter": "tags.`penstock.kind` = 'sae'", "orderByKey": "metrics.`ce_recovered`", "orderByAsc": False,
+    "startTime": "ALL", "columnWidths": {},
+    "selectedColumns": [
+        *(f"metrics.`{name}`" for name in ("l0", "ce_recovered", "explained_variance", "dead_fraction")),
+        *(f"params.`{name}`" for name in ("hook_point", "architecture", "d_sae")), "tags.`on_front`",
+    ],
+}  # fmt: skip
 _CHARACTERS = 7800  # MLflow keeps 8000 of a tag
 _SHOWN = {
     "l0": ("L0", ".4g"), "ce_recovered": ("CE recovered", ".4f"), "kl_recovered": ("KL recovered", ".4f"),
@@ -30,6 +42,9 @@ def write_notes(runs: SweepRuns, table: pd.DataFrame, models: Mapping[str, str])
         client = connect(runs.home)
         parent = client.get_run(runs.run_id)
         protocol = parent.data.params.get("protocol", "")
+        experiment = client.get_experiment(parent.info.experiment_id)
+        if VIEW_TAG not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, json.dumps(_VIEW))
         _write(client, parent, sweep_note(runs, table, parent.data.params, models))
         rows_of: dict[str, list[dict[str, Any]]] = {}
         for record in table.to_dict("records"):
@@ -37,6 +52,14 @@ def write_notes(runs: SweepRuns, table: pd.DataFrame, models: Mapping[str, str])
         for run in runs.children():
             if run.info.run_id in rows_of:
                 _write(client, run, sae_note(runs, rows_of[run.info.run_id], protocol, models))
+
+
+def views(home: Home) -> dict[str, str]:
+    """{sweep: the address, below an MLflow server's, of a table of its SAEs with their figures}, the newest first."""
+    with reported(home):
+        found = pages(connect(home).search_experiments, order_by=["creation_time DESC"])
+        return {one.name: f"/#/experiments/{one.experiment_id}/runs?viewStateShareKey={VIEW}"
+                for one in found if VIEW_TAG in one.tags}  # fmt: skip
 
 
 def _write(client: Any, run: "Run", note: str) -> None:

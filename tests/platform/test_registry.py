@@ -18,7 +18,7 @@ from mlflow_servers import mlflow_server
 from penstock.cli import main
 from penstock.errors import CheckpointError, SweepError
 from penstock.home import Home
-from penstock.notes import NOTE
+from penstock.notes import NOTE, VIEW_TAG, views
 from penstock.registry import aliases_of, hand_over, model_name
 from penstock.tracking import TrackedSAE, Tracker, find_sweep, sweep_table
 from sae_core import JumpReLUSAE, SAEConfig
@@ -285,6 +285,19 @@ def test_the_sweeps_run_shows_the_front_of_each_hook_point(home):
     assert about.startswith("**5 finished, 1 diverged.** On the Pareto front of their hook points with an L0 of 2 to")
     assert "| `early-8` | topk | k=8 | 8 | 0.9000 | 0.250 | `@best` |" in about and "early-9" not in about
     assert f"**`{LATE}`**: model `models:/{LATE_MODEL}`\n" in about
+
+
+def test_a_view_of_the_runs_shows_the_saes_with_their_figures(home):
+    address = views(home)["demo"]
+    experiment = client(home).get_experiment_by_name("demo")
+    assert address == f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=penstock"
+    view = json.loads(experiment.tags[VIEW_TAG])
+    runs = client(home).search_runs([experiment.experiment_id], view["searchFilter"])
+    assert {run.data.tags["sae_id"] for run in runs} >= set(sweep_table(home, "demo")["sae_id"])
+    finished = next(run.data for run in runs if run.data.tags["sae_id"] == "early-8")
+    for column in view["selectedColumns"]:
+        kind, _, name = column.partition(".")
+        assert name.strip("`") in getattr(finished, kind), column
 
 
 def test_a_description_that_a_user_has_changed_stays(home, tmp_path):
