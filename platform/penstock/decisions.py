@@ -4,7 +4,7 @@ the front has gaps. `search.py` decides; every decision is in the journal before
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from penstock.errors import SweepError
+from penstock.errors import SweepError, UserError
 from penstock.evaluation import evaluate_on_hosts, figures_of, of_sae
 from penstock.fleet import Fleet
 from penstock.plan import PlannedPack, PlannedSAE, arrays_of
@@ -122,6 +122,8 @@ class Pruner:
                 ray.get(request)
             except ray.exceptions.RayActorError as error:
                 self._say(f"a model host died while making the search activations ({error}); another one makes them")
+            except UserError as error:  # it comes with the host's traceback around it
+                raise getattr(error, "cause", error) from None
 
 
 def add_saes(sweep: ResolvedSweep, hosts: Sequence[Any], say: Callable[[str], None]) -> None:

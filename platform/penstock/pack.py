@@ -153,20 +153,21 @@ class Pack:
     ) -> dict[str, dict[str, float]]:
         """The figures, by SAE, of those that have made `step` steps, as they would be used now, on search activations
         [n, d] an input: `l0`, `explained_variance`, and `dead_fraction` by the training tokens so far. `latest`: the
-        training tokens that thresholds are calibrated on."""
-        due = [slot for slot in self._slots if slot.active and slot.trainer.steps_done == step]
-        return {
-            slot.member.sae_id: {
-                **measure(
-                    slot.trainer.export(tokens=latest[slot.member.reads]),
-                    inputs[slot.member.reads],
-                    inputs[slot.member.writes],
-                ),
-                "dead_fraction": float(_dead(slot.trainer).mean()),
-            }
-            for slot in due
-            if not self._stop_if_diverged(slot)
-        }
+        training tokens that thresholds are calibrated on. What cannot be measured is stopped alone, as in a step."""
+        found = {}
+        for slot in [slot for slot in self._slots if slot.active and slot.trainer.steps_done == step]:
+            if self._stop_if_diverged(slot):
+                continue
+            reads, writes = slot.member.reads, slot.member.writes
+            try:
+                figures = measure(slot.trainer.export(tokens=latest[reads]), inputs[reads], inputs[writes])
+            except Exception as error:  # the border of one SAE
+                if is_out_of_memory(error) and len(self._slots) > 1:
+                    raise PackOutOfMemoryError(f"{type(error).__name__} at a rung") from error
+                self._note(slot, error)
+            else:
+                found[slot.member.sae_id] = {**figures, "dead_fraction": float(_dead(slot.trainer).mean())}
+        return found
 
     def prune(self, reasons: Mapping[str, str], write_history: Callable[[str, dict[str, Any]], None]) -> None:
         """Stop the SAEs that are named, of those that are here, and free what they hold. The decision is on record

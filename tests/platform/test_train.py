@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from penstock import pack as pack_module
 from penstock.batches import Schedule, batches
 from penstock.identity import code_hash
 from penstock.journal import Journal
@@ -206,3 +207,20 @@ def test_a_pack_whose_saes_are_all_stopped_reads_no_further(start):
     stream.stop_when = {2: {"coder": "beaten", "sae": "beaten"}}
     _train(job, stream, free)
     assert stream.taken == [0] and len(stream.events_of("stopped")) == 2
+
+
+def test_an_sae_that_cannot_be_measured_fails_alone(start, monkeypatch):
+    job, stream = start("faulty")
+    job = with_probe(job, (4,))
+    measured = pack_module.measure
+
+    def faulty(sae, x, target):
+        if x.shape != target.shape:  # the transcoder
+            raise ArithmeticError("no figures today")
+        return measured(sae, x, target)
+
+    monkeypatch.setattr(pack_module, "measure", faulty)
+    _train(job, stream, free)
+    (stopped,) = stream.events_of("stopped")
+    assert (stopped["sae_id"], stopped["status"]) == ("coder", "failed") and "no figures today" in stopped["reason"]
+    assert rung_events(stream) == [("sae", 4)] and job.storage.is_committed("saes/sae/final")
