@@ -350,7 +350,8 @@ def in_process(
 
 def _say_what(evaluation: Evaluation, todo: Sequence[Slice], say: Say) -> None:
     works = {id(part.work): part.work for part in todo}.values()
-    say(
-        f"evaluating {sum(len(work.subjects) for work in works)} SAEs and baselines on {evaluation.tokens:,} tokens of "
-        f"the {evaluation.split} split"
-    )
+    subjects = [subject for work in works for subject in work.subjects]
+    baselines = sum(subject.basis is not None for subject in subjects)
+    beside = f" and {baselines} baselines" if baselines else ""
+    say(f"evaluating {len(subjects) - baselines} SAE(s){beside} on {evaluation.tokens:,} tokens of the "
+        f"{evaluation.split} split")  # fmt: skip

@@ -380,7 +380,8 @@ def _nothing_fits(rows: pd.DataFrame, hook_point: str, architecture: str | None,
         statuses = rows["status"].value_counts().items() if "status" in rows else []
         counts = ", ".join(f"{count} {status}" for status, count in statuses)
         return f"no {asked} has been evaluated ({counts or 'no figures'})"
-    there = ", ".join(f"{value:.3g}" for value in sorted(usable["l0"].astype(float)))
+    found = [f"{value:.3g}" for value in sorted(usable["l0"].astype(float))]
+    there = ", ".join(found) if len(found) <= 8 else f"{len(found)}, from {found[0]} to {found[-1]}"
     if l0_band is not None and not in_band(usable, l0_band).any():
         return f"no {asked} has an L0 in {l0_band[0]:g}:{l0_band[1]:g}; there are {there}"
     return f"no {asked} recovers any CE loss (L0 {there})"
