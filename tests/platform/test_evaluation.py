@@ -308,7 +308,7 @@ def test_a_sweep_is_evaluated_by_another_protocol_beside_what_was_published(swee
     out, err = capsys.readouterr()
     assert len(on_this_host) == 1 and "there already" in err
     assert out.startswith(f"protocol   {found['protocol_id']}: ") and "context 12 with BOS; mean ablation" in out
-    assert f"{found['saes'][0]['ce_recovered']:.4f} [" in out
+    assert f"{found['saes'][0]['ce_recovered']:.3f} ±" in out
     kept = runs.artifact("evaluations")
     assert json.loads((kept / f"{found['protocol_id']}.json").read_text()) == found
     assert set(pd.read_parquet(kept / f"{found['protocol_id']}.parquet")["sae"]) == set(rows_of(sweep)["sae"])
