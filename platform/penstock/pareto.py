@@ -297,14 +297,13 @@ def hypervolume(table: pd.DataFrame, l0_band: Band, reference: float = 0.0) -> f
 
     The reference point is (upper end of the band, `reference`): the area between `reference` and the highest CE
     recovered that is to be had up to each L0, over log L0, by log(high / low) * (1 - reference) (Zitzler and Thiele,
-    Multiobjective Optimization Using Evolutionary Algorithms, PPSN 1998). A sparser SAE than the band's lower end
-    counts from there on: what it recovers is to be had at every L0 of the band. Raises `SweepError` for a band without
-    two finite ends above 0.
+    Multiobjective Optimization Using Evolutionary Algorithms, PPSN 1998). An SAE outside the band counts for nothing,
+    as it is picked for nothing; one just below its lower end may be worth a wider band. Raises `SweepError` for a band
+    without two finite ends above 0.
     """
     low, high = l0_band
     if not 0 < low < high < float("inf"):
         raise SweepError(f"L0 band {low:g}:{high:g}: a hypervolume needs two different finite ends above 0")
-    table = table.assign(l0=table["l0"].astype(float).clip(lower=low))
     front = table[pareto_front(table, l0_band)].sort_values("l0")
     at = np.log(front["l0"].to_numpy(float))
     ends = np.append(at[1:], np.log(high))

@@ -241,8 +241,7 @@ def test_the_hypervolume_is_the_area_under_the_steps():
     assert hypervolume(table((10, 0.8)), (1, 100)) == pytest.approx(0.4)
     assert hypervolume(table((1, 0.4), (10, 0.8)), (1, 100)) == pytest.approx(0.6)
     assert hypervolume(table((1, 0.4), (10, 0.8), (20, 0.7)), (1, 100)) == pytest.approx(0.6)
-    assert hypervolume(table((0.5, 0.9)), (1, 100)) == pytest.approx(0.9)  # sparser: from the lower end on
-    assert hypervolume(table((200, 0.9)), (1, 100)) == 0  # denser is outside
+    assert hypervolume(table((0.5, 0.9), (200, 0.9)), (1, 100)) == 0  # outside
     assert hypervolume(table((1, 0.4), (10, 0.8)), (1, 100), reference=0.6) == pytest.approx(0.25)
     assert hypervolume(table().reindex(columns=["l0", "ce_recovered"]), (1, 100)) == 0
 
