@@ -122,9 +122,9 @@ def test_what_has_its_figures_is_not_evaluated_again(transcoders, nested):
     [
         ({"sae": "x"}, "no SAE 'x' in this sweep"),
         ({"sae": "ID[9]"}, r"SAE 'ID\[9\]': there is ID, ID\[8\], ID\[16\]"),
-        ({"sae": "ID", "l0": (0, 5)}, "a hook point to pick from"),
-        ({}, "a hook point to pick from"),
-        ({"sae": "ID", "hook_point": "a"}, "or an SAE alone"),
+        ({"sae": "ID", "l0": (0, 5)}, r"l0 \(0, 5\) cannot go with sae 'ID'"),
+        ({}, "give a hook point to pick the best of"),
+        ({"sae": "ID", "hook_point": "a"}, "hook_point 'a' cannot go with sae 'ID'"),
     ],
 )
 def test_an_sae_that_is_not_there_or_asked_for_in_two_ways_is_refused(asked, message, nested, tmp_path):
