@@ -3,7 +3,9 @@ same model and tokens."""
 
 import inspect
 import json.decoder
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("ignore")]
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "jobs/benchmarks"))
+from evaluation import THEIR_NAMES  # noqa: E402
+
 ROWS, CONTEXT, D_SAE = 6, 64, 192
 SETTINGS = {
     "standard": {"architecture": "standard", "l1_coefficient": 0.3},
@@ -30,22 +35,6 @@ SETTINGS = {
     "jumprelu": {"architecture": "jumprelu", "target_l0": 9},
     "batch_topk": {"architecture": "batch_topk", "k": 8.5},
     "matryoshka": {"architecture": "matryoshka", "k": 8.5},
-}
-THEIR_NAMES = {
-    "ce_recovered": "ce_loss_score",
-    "ce_clean": "ce_loss_without_sae",
-    "ce_ablated": "ce_loss_with_ablation",
-    "ce_sae": "ce_loss_with_sae",
-    "kl_recovered": "kl_div_score",
-    "kl_sae": "kl_div_with_sae",
-    "kl_ablated": "kl_div_with_ablation",
-    "explained_variance": "explained_variance",
-    "mse": "mse",
-    "cosine": "cossim",
-    "l2_ratio": "l2_ratio",
-    "relative_reconstruction_bias": "relative_reconstruction_bias",
-    "l0": "l0",
-    "l1": "l1",
 }
 
 
