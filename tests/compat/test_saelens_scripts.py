@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_cache
 import pytest
 
-import hub_cache
 from penstock import demo
 
 pytestmark = pytest.mark.compat
