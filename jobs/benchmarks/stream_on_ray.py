@@ -19,7 +19,7 @@ import torch
 from common import Comparison, interleaved, medians
 from ray._private import internal_api
 
-from penstock import train
+from penstock import worker
 from penstock.actors import NAMESPACE, Source, StreamActor, StreamConfig
 from penstock.batches import Schedule, checkpoint_steps
 from penstock.consumer import StreamClient
@@ -125,9 +125,9 @@ class Consumer:
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(f"{step}\n")
 
-        train.Pack = Counted  # type: ignore[misc]
+        worker.Pack = Counted  # type: ignore[misc]
         fence.close_to_others()
-        train.train_pack(pickle.loads(job), stream, fence)
+        worker.train_pack(pickle.loads(job), stream, fence)
 
 
 def _training(steps: int) -> TrainingSettings:
@@ -221,7 +221,7 @@ class Benchmark:
         saved_at = checkpoint_steps(steps, checkpoints)
         killed_at = (saved_at[1] + saved_at[2]) // 2
         storage, log, pack_id = Storage(f"{folder}/storage"), Path(folder) / "steps", self.pack_id()
-        job = train.PackJob(
+        job = worker.PackJob(
             pack_id=pack_id, members=(PackMember("sae", ARRAY, ARRAY, parse_settings(SAES[0])),), hook_points=(ARRAY,),
             training=_training(steps),
             schedule=Schedule(kept, BATCH_TOKENS, steps), storage=storage, calibration_folder="calibration",

@@ -215,7 +215,7 @@ class Driver(Session):
             self._tracker.add([self._tracked(sae) for sae in self.sweep.added])
 
     def _job(self, pack: PlannedPack) -> "TrialJob":
-        from penstock.train import PackJob
+        from penstock.worker import PackJob
         from penstock.trial import TrialJob
 
         assert self._fence is not None

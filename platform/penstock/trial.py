@@ -32,7 +32,7 @@ TRIAL_MEMORY = 512 * 2**20
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What a trial needs to know of its pack. `work` is a pickled `penstock.train.PackJob`."""
+    """What a trial needs to know of its pack. `work` is a pickled `penstock.worker.PackJob`."""
 
     pack_id: str
     sae_ids: tuple[str, ...]
@@ -128,7 +128,7 @@ def run_worker(config: Mapping[str, Any]) -> None:
     """What Ray Train runs on the pack's worker."""
     from ray.util import get_current_placement_group
 
-    from penstock.train import train_pack
+    from penstock.worker import train_pack
 
     job, fence = config["job"], config["fence"]
     job.storage.write_json(_group_file(fence), {"placement_group": get_current_placement_group().id.hex()})

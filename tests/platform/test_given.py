@@ -26,7 +26,7 @@ from penstock.spec import DataSpec, TrainSpec
 from penstock.spool import Spool
 from penstock.storage import Storage
 from penstock.tokens import build_token_store, load_tokenizer
-from penstock.train import PackJob, _train
+from penstock.worker import PackJob, _train
 from tiny_models import write_model
 
 READS, WRITES = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"

@@ -13,7 +13,7 @@ from penstock.errors import SweepError
 from penstock.fence import FencedError
 from penstock.pack import Pack, PackMember, PackOutOfMemoryError
 from penstock.storage import Storage
-from penstock.train import last_tokens
+from penstock.worker import last_tokens
 from sae_core import SAE, SAETrainer, TrainingSettings, calibrate, parse_settings
 
 HOOK, OUT = "blocks.0.hook_resid_post", "blocks.0.hook_mlp_out"

@@ -17,7 +17,7 @@ from penstock.search import rung_steps
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
 from penstock.tracking import TrackedSAE, Tracker
-from penstock.train import last_tokens
+from penstock.worker import last_tokens
 from sae_core import calibrate
 from tiny_models import write_model
 

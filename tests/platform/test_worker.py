@@ -16,7 +16,7 @@ from penstock.pack import Pack, PackMember
 from penstock.probe import Probe
 from penstock.search import Stop
 from penstock.storage import Storage
-from penstock.train import PackJob, _train
+from penstock.worker import PackJob, _train
 from sae_core import TrainingSettings, calibrate, parse_settings
 
 READS, WRITES = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"
