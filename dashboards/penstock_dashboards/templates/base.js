@@ -1,37 +1,12 @@
-// The data, and how it is put into words and elements. Text of the sweep goes into the page as text alone.
+// The report's data, and how it is put into words.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const { saes: SAES, hooks: HOOKS, architectures: ARCHITECTURES, figures: FIGURES } = DATA;
 const BY_KEY = new Map(SAES.map(sae => [sae.key, sae]));
 const FIGURE = new Map(FIGURES.map(figure => [figure.name, figure]));
 const ANSWERS = new Map(DATA.answers.map(answer => [answer.hook, answer]));
-const byId = id => document.getElementById(id);
 
-function element(tag, options = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(options))
-    if (name in made) made[name] = value;
-    else made.setAttribute(name, value);
-  made.append(...children.flat().filter(child => child !== null && child !== undefined));
-  return made;
-}
-
-function drawn(tag, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes))
-    if (value !== null && value !== undefined) made.setAttribute(name, value);
-  made.append(...children.flat());
-  return made;
-}
-
-// ---- numbers --------------------------------------------------------------------------------------------------------
-
-function text(value, decimals = null) {
-  if (value === null || value === undefined) return "–";
-  if (typeof value !== "number") return String(value);
-  if (decimals !== null) return value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
-  return Number.isInteger(value) ? value.toLocaleString("en", { useGrouping: Math.abs(value) >= 1e5 }) : String(+value.toPrecision(6));
-}
+// ---- figures -------------------------------------------------------------------------------------------------------
 
 const shown = (sae, name) => text(sae.figures[name], FIGURE.get(name)?.decimals ?? null);
 
@@ -40,17 +15,6 @@ function interval(sae, name) {
   if (!bounds) return "";
   const decimals = FIGURE.get(name)?.decimals ?? null;
   return `[${text(bounds[0], decimals)}, ${text(bounds[1], decimals)}]`;
-}
-
-function short(value) {  // 1,500,000 as 1.5M
-  for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-    if (Math.abs(value) >= size) return `${+(value / size).toPrecision(3)}${unit}`;
-  return String(+value.toPrecision(3));
-}
-
-function seconds(value) {
-  if (value < 120) return `${text(value, value < 10 ? 1 : 0)} s`;
-  return value < 7200 ? `${text(value / 60, 1)} min` : `${text(value / 3600, 1)} h`;
 }
 
 // ---- marks ----------------------------------------------------------------------------------------------------------
@@ -82,42 +46,6 @@ function glyph(index, filled = true) {
   const made = drawn("svg", { class: "glyph", viewBox: "-7 -7 14 14", "aria-hidden": "true" }, markPath(index, filled));
   made.firstChild.style.strokeWidth = "1.6px";
   return made;
-}
-
-// ---- copying, and saying so -----------------------------------------------------------------------------------------
-
-function say(sentence) {
-  byId("said").textContent = "";
-  setTimeout(() => { byId("said").textContent = sentence; }, 30);
-}
-
-function copyable(code, what) {
-  const block = element("pre", {}, code);
-  const button = element("button", { type: "button", className: "quiet copy-button", ariaLabel: `Copy ${what}` }, "Copy");
-  button.addEventListener("click", async () => {
-    const done = await copied(code, block);
-    button.textContent = done ? "Copied" : "Selected";
-    say(done ? `Copied ${what}` : `Selected ${what}: press Ctrl+C to copy it`);
-    setTimeout(() => { button.textContent = "Copy"; }, 1600);
-  });
-  return element("div", { className: "copy" }, block, button);
-}
-
-/** Whether it was copied. By way of the selection first: that needs no right that a file or a frame may lack. */
-async function copied(code, block) {
-  getSelection().selectAllChildren(block);
-  try {
-    if (document.execCommand("copy")) {
-      getSelection().removeAllRanges();
-      return true;
-    }
-  } catch {}
-  try {
-    await navigator.clipboard.writeText(code);
-    return true;
-  } catch {
-    return false;
-  }
 }
 
 // ---- what is filtered, sorted and opened: kept in the address, so that a link shows the same --------------------------

@@ -346,19 +346,3 @@ function aboutBaseline({ line, point }) {
   return [element("b", {}, point.k === null ? line.label : `${line.label}, k=${text(point.k)}`),
     element("table", {}, element("tbody", {}, rows)), element("p", {}, what)];
 }
-
-function showTip(content, x, y) {
-  const tip = byId("tip");
-  tip.replaceChildren(...content);
-  tip.hidden = false;
-  const box = tip.getBoundingClientRect(), room = document.documentElement.clientWidth;
-  const left = x + 20 + box.width < room ? x + 20 : x - 20 - box.width;
-  tip.style.left = `${Math.max(8, Math.min(left, room - box.width - 8))}px`;
-  const beside = left >= 8;
-  const top = beside ? y - box.height / 2 : y - box.height - 24 > 8 ? y - box.height - 24 : y + 24;
-  tip.style.top = `${Math.max(8, Math.min(top, innerHeight - box.height - 8))}px`;
-}
-
-function hideTip() {
-  byId("tip").hidden = true;
-}

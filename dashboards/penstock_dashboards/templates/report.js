@@ -2,32 +2,6 @@
 
 const panels = HOOKS.map((_, hook) => new Panel(hook));
 
-// ---- the theme ------------------------------------------------------------------------------------------------------
-
-const THEMES = ["auto", "light", "dark"];
-let theme = "auto";
-
-function setTheme(chosen) {
-  theme = THEMES.includes(chosen) ? chosen : "auto";
-  if (theme === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = `Theme: ${theme}`;
-}
-
-function stored(value) {  // where the page may keep nothing, as inside a frame, the choice lasts as long as the page
-  try {
-    if (value !== undefined) localStorage.setItem("penstock-theme", value);
-    return localStorage.getItem("penstock-theme");
-  } catch {
-    return null;
-  }
-}
-
-byId("theme").addEventListener("click", () => {
-  setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
-  stored(theme);
-});
-
 // ---- the answer -----------------------------------------------------------------------------------------------------
 
 function keyFigure(sae, name) {
