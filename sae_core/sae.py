@@ -132,9 +132,18 @@ class SAE(nn.Module, ABC):
             x_hat = x_hat.view(x.shape)
         return x_hat
 
-    @abstractmethod
     def _encode(self, x: Tensor) -> Tensor:
         """Latents of normalised activations."""
+        return self._activate(*self._pre_activations(x))
+
+    @abstractmethod
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of normalised activations: what the activation function is given, [..., d_sae]; and, where that does not
+        decide alone which latents may be active, those that may, [..., d_sae] bool."""
+
+    @abstractmethod
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        """Latents, given their pre-activations."""
 
     def _decode(self, f: Tensor, x: Tensor | None) -> Tensor:
         x_hat = decode(f, self.W_dec) + self.b_dec

@@ -65,11 +65,14 @@ class BatchTopKSAE(TrainableSAE):
     can_transcode = True
     b_enc: Tensor
 
-    def _encode(self, x: Tensor) -> Tensor:
-        """All given tokens are one batch: what is active on one depends on the others, as in training."""
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, None]:
+        """Times the decoder norms: what latents are ranked by."""
         norms = self._norms()
-        ranks = self.centre(x) @ (self.W_enc * norms) + self.b_enc * norms
-        return batch_topk(ranks, self._n_active(ranks.numel() // self.d_sae)) / norms
+        return self.centre(x) @ (self.W_enc * norms) + self.b_enc * norms, None
+
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        """All given tokens are one batch: what is active on one depends on the others, as in training."""
+        return batch_topk(pre, self._n_active(pre.numel() // self.d_sae)) / self._norms()
 
     def accumulate_gradients(
         self, x: Tensor, target: Tensor, gradients: Gradients, context: StepContext

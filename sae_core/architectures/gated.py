@@ -73,9 +73,13 @@ class GatedSAE(TrainableSAE):
     b_mag: Tensor
     r_mag: Tensor
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Magnitudes, and whether the gate is open."""
         u = self.centre(x) @ self.W_enc
-        return torch.relu(u * self.r_mag.exp() + self.b_mag) * (u + self.b_gate > 0)
+        return u * self.r_mag.exp() + self.b_mag, u + self.b_gate > 0
+
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        return torch.relu(pre) * gate
 
     def _shifted(self, shift: Tensor) -> dict[str, Tensor]:
         b_mag = self.b_mag.double() + shift * self.r_mag.double().exp()

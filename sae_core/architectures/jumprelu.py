@@ -126,8 +126,11 @@ class JumpReLUSAE(TrainableSAE):
     b_enc: Tensor
     threshold: Tensor
 
-    def _encode(self, x: Tensor) -> Tensor:
-        return jumprelu(self.centre(x) @ self.W_enc + self.b_enc, self.threshold)
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.centre(x) @ self.W_enc + self.b_enc, None
+
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        return jumprelu(pre, self.threshold)
 
     @classmethod
     def biases_at_start(cls, settings: SAESettings, spread: float) -> dict[str, float]:

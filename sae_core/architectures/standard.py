@@ -74,8 +74,11 @@ class StandardSAE(TrainableSAE):
     can_transcode = True
     b_enc: Tensor
 
-    def _encode(self, x: Tensor) -> Tensor:
-        return torch.relu(self.centre(x) @ self.W_enc + self.b_enc)
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.centre(x) @ self.W_enc + self.b_enc, None
+
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        return torch.relu(pre)
 
     @classmethod
     def biases_at_start(cls, settings: SAESettings, spread: float) -> dict[str, float]:

@@ -51,9 +51,11 @@ class TopKSAE(TrainableSAE):
     can_transcode = True
     b_enc: Tensor
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _pre_activations(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.centre(x) @ self.W_enc + self.b_enc, None
+
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
         """Times the decoder norms where they decide the ranking, as SAELens has it."""
-        pre = self.centre(x) @ self.W_enc + self.b_enc
         return topk(pre * self.W_dec.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else pre, self.cfg.k)
 
     def _decode(self, f: Tensor, x: Tensor | None) -> Tensor:
