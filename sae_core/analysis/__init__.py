@@ -8,7 +8,10 @@ from typing import Any
 
 _MODULES: dict[str, list[str]] = {
     "attribution": [],
-    "features": [],
+    "features": [
+        "FeaturePass", "FeatureSettings", "Features", "MergedFeatures", "decoder_neighbours", "latent_groups",
+        "latent_logits", "read_features",
+    ],
     "generation": [],
     "neuronpedia": [],
     "splicing": [],
