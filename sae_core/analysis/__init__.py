@@ -8,9 +8,9 @@ from typing import Any
 
 _MODULES: dict[str, list[str]] = {
     "attribution": [],
+    "feature_files": ["Features", "read_features"],
     "features": [
-        "FeaturePass", "FeatureSettings", "Features", "MergedFeatures", "decoder_neighbours", "latent_groups",
-        "latent_logits", "read_features",
+        "FeaturePass", "FeatureSettings", "MergedFeatures", "decoder_neighbours", "latent_groups", "latent_logits",
     ],
     "generation": [],
     "neuronpedia": [],

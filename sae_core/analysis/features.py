@@ -18,34 +18,38 @@ of workers, in any order, gives the same bits, provided that each part is comput
 **Memory** is bounded by latents, never by tokens: a few hundred bytes for each example kept, `bytes_per_latent` in all.
 Where that is too much for all latents at once, they are done in groups (`latents`), one pass over the tokens for each.
 
-A result is a folder: about.json, latents.parquet, examples.parquet, vocabulary.parquet (see `write_features`).
+A result is a folder, see `feature_files`: `FeatureWriter` writes one, `read_features` reads it.
 
 Shapes: R rows, C tokens of a row (context), F latents of the SAE, L latents of a group, D = d_in or d_out.
 """
 
-import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from sae_core.errors import CheckpointError, ConfigError
+from sae_core.analysis.feature_files import (
+    EXAMPLE_SCHEMA,
+    LATENT_SCHEMA,
+    Features,
+    FeatureWriter,
+    is_features,
+    read_features,
+)
+from sae_core.errors import ConfigError
 from sae_core.sae import SAE
 
-FORMAT = 1
-ABOUT, LATENTS, EXAMPLES, VOCABULARY = "about.json", "latents.parquet", "examples.parquet", "vocabulary.parquet"
+__all__ = [
+    "BINS", "Best", "Examples", "FeaturePass", "FeatureSettings", "FeatureWriter", "Features", "LatentLogits",
+    "MergedFeatures", "Part", "Totals", "add_rows", "decoder_neighbours", "example_tables", "final_norm",
+    "is_features", "latent_groups", "latent_logits", "latents_table", "place_hash", "read_features", "to_residual",
+]  # fmt: skip
+
 BINS = (10 ** (np.arange(-25, 41) / 10)).astype(np.float32)
 """Edges of the histogram's bins, ten a decade from 0.003 to 10,000; the first and last one take what lies beyond."""
 
@@ -531,20 +535,6 @@ def decoder_neighbours(W_dec: Tensor, n: int, latents: range | None = None) -> t
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
-_LATENT_SCHEMA = pa.schema([
-    ("latent", pa.int32()), ("fired", pa.int64()), ("firing_rate", pa.float64()), ("max_activation", pa.float32()),
-    ("mean_activation", pa.float32()), ("histogram", pa.list_(pa.int64())),
-    ("top_tokens", pa.list_(pa.int32())), ("top_logits", pa.list_(pa.float32())),
-    ("bottom_tokens", pa.list_(pa.int32())), ("bottom_logits", pa.list_(pa.float32())),
-    ("neighbours", pa.list_(pa.int32())), ("neighbour_cosines", pa.list_(pa.float32())),
-])  # fmt: skip
-_EXAMPLE_SCHEMA = pa.schema([
-    ("latent", pa.int32()), ("group", pa.string()), ("rank", pa.int32()), ("activation", pa.float32()),
-    ("row", pa.int64()), ("position", pa.int32()), ("peak", pa.int32()),
-    ("tokens", pa.list_(pa.int32())), ("activations", pa.list_(pa.float32())),
-])  # fmt: skip
-_VOCABULARY_SCHEMA = pa.schema([("token", pa.int32()), ("text", pa.string())])
-
 TokensOf = Callable[[np.ndarray], np.ndarray]
 """The tokens of rows: ascending int64 [n] -> int [n, C]."""
 
@@ -559,7 +549,7 @@ def latents_table(
     np.maximum.at(strongest, source.latent, source.activation)
     with np.errstate(invalid="ignore"):
         mean = totals.total / totals.fired
-    empty = [pa.array([[]] * len(latents), _LATENT_SCHEMA.field(name).type) for name in
+    empty = [pa.array([[]] * len(latents), LATENT_SCHEMA.field(name).type) for name in
              ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")]  # fmt: skip
     columns = [
         pa.array(np.arange(latents.start, latents.stop, dtype=np.int32)),
@@ -572,7 +562,7 @@ def latents_table(
                                         ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")]),
         *(_lists(column) for column in neighbours),
     ]  # fmt: skip
-    return pa.table(columns, schema=_LATENT_SCHEMA)
+    return pa.table(columns, schema=LATENT_SCHEMA)
 
 
 def _lists(matrix: np.ndarray) -> pa.Array:
@@ -654,124 +644,4 @@ def _examples_table(
         pa.ListArray.from_arrays(offsets, pa.array(tokens[inside])),
         pa.ListArray.from_arrays(offsets, pa.array(every.window[inside])),
     ]
-    return pa.table(columns, schema=_EXAMPLE_SCHEMA)
-
-
-# ---- the folder -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FeatureWriter:
-    """Writes a folder of features, group after group of latents in their order; `close` puts it in its place.
-
-    Nothing is seen at `folder` before `close`; an earlier result there is replaced, about.json last, without which none
-    is read. As a context manager it removes what was not closed.
-    """
-
-    folder: Path
-    _named: list[np.ndarray] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.folder.name}-"
-        self._staged = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=prefix))
-        self._latents = pq.ParquetWriter(self._staged / LATENTS, _LATENT_SCHEMA, compression="zstd")
-        self._examples = pq.ParquetWriter(self._staged / EXAMPLES, _EXAMPLE_SCHEMA, compression="zstd")
-
-    def __enter__(self) -> "FeatureWriter":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._latents.close()
-        self._examples.close()
-        shutil.rmtree(self._staged, ignore_errors=True)
-
-    def add(self, latents: pa.Table, examples: Iterable[pa.Table]) -> None:
-        self._latents.write_table(latents)
-        self._name(latents, ("top_tokens", "bottom_tokens"))
-        for table in examples:
-            self._examples.write_table(table)
-            self._name(table, ("tokens",))
-
-    def _name(self, table: pa.Table, columns: Sequence[str]) -> None:
-        self._named += [np.unique(pc.list_flatten(table[column]).to_numpy()) for column in columns]
-        if len(self._named) > 64:
-            self._named = [np.unique(np.concatenate(self._named))]
-
-    def close(self, about: Mapping[str, Any], texts_of: Callable[[list[int]], list[str]]) -> Path:
-        """`texts_of`: how a tokenizer decodes tokens, each alone."""
-        self._latents.close()
-        self._examples.close()
-        tokens = np.unique(np.concatenate(self._named)).astype(np.int32) if self._named else np.empty(0, np.int32)
-        texts = pa.array(texts_of([int(token) for token in tokens]), pa.string())
-        pq.write_table(pa.table([pa.array(tokens), texts], schema=_VOCABULARY_SCHEMA), self._staged / VOCABULARY)
-        text = json.dumps({"format": FORMAT, **about}, indent=1, ensure_ascii=False)
-        (self._staged / ABOUT).write_text(text + "\n", encoding="utf-8")
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / ABOUT).unlink(missing_ok=True)
-        for name in (LATENTS, EXAMPLES, VOCABULARY, ABOUT):
-            os.replace(self._staged / name, self.folder / name)
-        return self.folder
-
-
-@dataclass(frozen=True)
-class Features:
-    """A folder of features. `about` is its about.json, `latents` and `vocabulary` are read already."""
-
-    folder: Path
-    about: Mapping[str, Any]
-    latents: pa.Table
-    vocabulary: pa.Table
-
-    @cached_property
-    def examples(self) -> pa.Table:
-        """All examples: some kilobytes a latent."""
-        return pq.read_table(self.folder / EXAMPLES)
-
-    def examples_of(self, latent: int) -> pa.Table:
-        """The examples of one latent; no more is read than those of its neighbours beside it."""
-        return pq.read_table(self.folder / EXAMPLES, filters=[("latent", "==", latent)])
-
-    @cached_property
-    def texts(self) -> dict[int, str]:
-        """Text by token."""
-        return dict(zip(self.vocabulary["token"].to_pylist(), self.vocabulary["text"].to_pylist(), strict=True))
-
-
-def is_features(folder: str | Path) -> bool:
-    """Whether a folder holds features, of this format or another."""
-    return (Path(folder) / ABOUT).is_file() and (Path(folder) / LATENTS).is_file()
-
-
-def read_features(folder: str | Path) -> Features:
-    """Open a folder of features. Raises `CheckpointError` that names the file, for one that is incomplete, damaged or
-    of another format."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder of features; `penstock features` makes one")
-    missing = [name for name in (ABOUT, LATENTS, EXAMPLES, VOCABULARY) if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder}: no complete folder of features, it lacks {', '.join(missing)}")
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / ABOUT} is damaged: {error}") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else None
-        raise CheckpointError(f"{folder / ABOUT}: format {found!r}; accepted: {FORMAT}")
-    keys = ("sae", "data", "settings", "bins", "figures")
-    if absent := [key for key in keys if key not in about]:
-        raise CheckpointError(f"{folder / ABOUT} lacks {', '.join(absent)}")
-    tables = {}
-    for name, schema in ((LATENTS, _LATENT_SCHEMA), (EXAMPLES, _EXAMPLE_SCHEMA), (VOCABULARY, _VOCABULARY_SCHEMA)):
-        try:
-            there = pq.read_schema(folder / name)
-            if wrong := [one.name for one in schema if one.name not in there.names
-                         or there.field(one.name).type != one.type]:  # fmt: skip
-                wanted = ", ".join(f"{one} {schema.field(one).type}" for one in wrong)
-                raise CheckpointError(f"{folder / name}: accepted are the columns {wanted}")
-            if name != EXAMPLES:
-                tables[name] = pq.read_table(folder / name)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(f"{folder / name} is damaged: {error}") from None
-    return Features(folder, about, tables[LATENTS], tables[VOCABULARY])
+    return pa.table(columns, schema=EXAMPLE_SCHEMA)
