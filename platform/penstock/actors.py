@@ -14,6 +14,7 @@ import numpy as np
 import ray
 
 from penstock.calibrations import store_calibrations
+from penstock.feature_work import FeatureWork
 from penstock.identity import check_code
 from penstock.meters import Meters
 from penstock.model_host import ModelHost
@@ -53,6 +54,7 @@ class HostActor:
         self._host = ModelHost(config.model, threads=config.threads)
         self._stores: dict[str, TokenStore] = {}
         self._subjects: dict[Subject, Any] = {}
+        self._saes: dict[str, Any] = {}
 
     def ping(self) -> bool:
         return True
@@ -110,6 +112,13 @@ class HostActor:
         return evaluate_subjects(
             self._host, self._store(tokens_id), self._config.data, site, loaded, split, start_row, stop_row, ablation
         )
+
+    def features(self, work: FeatureWork, saes: Mapping[str, Any], limits: Any = None) -> Any:
+        """A piece of work for feature dashboards; `saes` are references to SAEs by name, fetched when first needed."""
+        for name in work.names:
+            if name not in self._saes:
+                self._saes[name] = ray.get(saes[name]).to(self._host.device)
+        return work.run(self._host, self._store(work.tokens_id), self._config.data, self._saes, limits)
 
     def _store(self, tokens_id: str) -> TokenStore:
         if tokens_id not in self._stores:

@@ -27,7 +27,7 @@ from penstock.plan import absolute
 from penstock.resolved import ResolvedSweep, protocol_of, published_file
 from penstock.results import baseline_table, sae_table
 from penstock.session import Session, this_machine
-from penstock.spec import DataSpec, EvaluateSpec, ModelSpec, ResourceSpec, parse_spec
+from penstock.spec import DataSpec, EvaluateSpec, ModelSpec, ResourceSpec, SweepSpec, parse_spec
 from penstock.storage import Storage
 from penstock.tokens import TokenStore, build_evaluation_store, build_token_store, in_context
 from penstock.tracking import SweepRuns, connect, find_sweep, reported
@@ -146,27 +146,31 @@ def with_options(message: str) -> str:
 
 def _by_another_protocol(sweep: ResolvedSweep, asked: Asked) -> Evaluation:
     spec = sweep.spec
-    data, evaluate = asked.data(spec.data), asked.evaluate(spec.evaluate)
-    rows = in_context(data, evaluate.context_size)
-    for known, context_size in ((sweep.evaluated, spec.evaluate.context_size), (sweep.store, None)):
-        if rows.model_dump() == in_context(spec.data, context_size).model_dump():
-            store = known
-            break
-    else:
-        store = evaluation_store(rows, spec.model, sweep.model, sweep.storage)
-    changed = spec.model_copy(update={"data": data, "evaluate": evaluate})
-    protocol = protocol_of(changed, store, "report", sweep.store.given, sweep.stream_id)
+    store = store_asked_for(sweep, asked)
+    changes = {"data": asked.data(spec.data), "evaluate": asked.evaluate(spec.evaluate)}
+    protocol = protocol_of(spec.model_copy(update=changes), store, "report", sweep.store.given, sweep.stream_id)
     return replace(evaluation_of(sweep), store=store, protocol=protocol)
 
 
-class _Hosts(Session):
-    """The model hosts of a sweep, without anything that trains."""
+def store_asked_for(sweep: ResolvedSweep, asked: Asked) -> TokenStore:
+    """The report rows of what is asked for: the sweep's own, where it is nothing else. Raises as `evaluation_store`."""
+    spec = sweep.spec
+    rows = in_context(asked.data(spec.data), asked.evaluate(spec.evaluate).context_size)
+    for known, context_size in ((sweep.evaluated, spec.evaluate.context_size), (sweep.store, None)):
+        if rows.model_dump() == in_context(spec.data, context_size).model_dump():
+            return known
+    return evaluation_store(rows, spec.model, sweep.model, sweep.storage)
 
-    def __init__(self, sweep: ResolvedSweep, local: bool) -> None:
-        resources = sweep.spec.resources.model_copy(update={"cpus_per_pack": 0, "gpus_per_pack": 0})
-        resources = _fitting(resources) if local else resources
-        super().__init__(sweep.spec.model_copy(update={"resources": resources}), sweep.home)
-        self._built = sweep.store
+
+class Hosts(Session):
+    """The model hosts that a spec asks for, without anything that trains. With `address` None and no `RAY_ADDRESS`
+    they are on this machine, as many as it has room for."""
+
+    def __init__(self, spec: SweepSpec, store: TokenStore, home: Home, address: str | None) -> None:
+        resources = spec.resources.model_copy(update={"cpus_per_pack": 0, "gpus_per_pack": 0})
+        resources = _fitting(resources) if address is None and "RAY_ADDRESS" not in os.environ else resources
+        super().__init__(spec.model_copy(update={"resources": resources}), home)
+        self._built = store
 
     def say(self, message: str) -> None:
         say(message)
@@ -191,7 +195,7 @@ def _fitting(resources: ResourceSpec) -> ResourceSpec:
 
 
 def _on_a_cluster(sweep: ResolvedSweep, evaluation: Evaluation, address: str | None) -> None:
-    hosts = _Hosts(sweep, local=address is None and "RAY_ADDRESS" not in os.environ)
+    hosts = Hosts(sweep.spec, sweep.store, sweep.home, address)
     try:
         hosts.join(address)
         on_hosts(evaluation, list(hosts.fleet.hosts.values()), say)

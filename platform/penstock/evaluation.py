@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from penstock.errors import SweepError, UserError
 from penstock.identity import content_id
 from penstock.pareto import sae_key
 from penstock.plan import PlannedSAE
 from penstock.resolved import ResolvedSweep
 from penstock.sites import Site
+from penstock.slices import STATUS_SECONDS, over_hosts
 from penstock.spec import DataSpec
 from penstock.splits import Split
 from penstock.statistics import Bootstrap
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from penstock.model_host import ModelHost
-
-STATUS_SECONDS = 10.0
-TRIES_PER_HOST = 3
 
 Say = Callable[[str], None]
 
@@ -271,44 +268,18 @@ def rows_of(sweep: ResolvedSweep, split: Split = "report") -> pd.DataFrame:
 def on_hosts(evaluation: Evaluation, hosts: Sequence[Any], say: Say) -> int:
     """Evaluate what is left on model hosts (Ray actors), and write the figures. Returns the tokens that went through
     SAEs. A host that dies is given its slice again. Raises `SweepError` when they keep dying."""
-    import ray
-
-    todo = evaluation.left()
+    todo, tokens = evaluation.left(), 0
     if not todo:
         return 0
     _say_what(evaluation, todo, say)
-    total, shown, failures, tokens = len(todo), time.monotonic(), 0, 0
-    idle, asked = list(hosts), {}
-    while todo or asked:
-        while todo and idle:
-            host, part = idle.pop(), todo.pop(0)
-            mean = evaluation.means[part.work.site] if evaluation.protocol["ablation"] == "mean" else None
-            rows = part.start_row, part.stop_row
-            work = part.work
-            reference = host.evaluate.remote(
-                evaluation.store.id, work.site, work.subjects, evaluation.split, *rows, mean
-            )
-            asked[reference] = host, part
-        finished, _ = ray.wait(list(asked), timeout=1.0)
-        for reference in finished:
-            host, part = asked.pop(reference)
-            try:
-                sums = ray.get(reference)
-            except ray.exceptions.RayActorError:
-                failures += 1
-                if failures > TRIES_PER_HOST * len(hosts):
-                    raise SweepError("the model hosts die while evaluating; Ray's logs say of what") from None
-                say("a model host died while evaluating; its slice is made again")
-                todo.insert(0, part)
-                time.sleep(1.0)
-            except UserError as error:  # it comes with the host's traceback around it
-                raise getattr(error, "cause", error) from None
-            else:
-                tokens += evaluation.add(part, sums)
-            idle.append(host)
-        if time.monotonic() - shown > STATUS_SECONDS:
-            shown = time.monotonic()
-            say(f"evaluation: {total - len(todo) - len(asked)} of {total} slices")
+
+    def ask(host: Any, part: Slice) -> Any:
+        mean = evaluation.means[part.work.site] if evaluation.protocol["ablation"] == "mean" else None
+        rows, work = (part.start_row, part.stop_row), part.work
+        return host.evaluate.remote(evaluation.store.id, work.site, work.subjects, evaluation.split, *rows, mean)
+
+    for part, sums in over_hosts(todo, hosts, ask, say, "evaluating"):
+        tokens += evaluation.add(part, sums)
     return tokens
 
 

@@ -103,6 +103,25 @@ class ModelHost:
             found[name] = from_wire(made[hook_point], self.dtype)
         return found
 
+    def rows_of(
+        self, store: TokenStore, data: DataSpec, sites: Sequence[Site], split: Split, start_row: int, stop_row: int
+    ) -> tuple[dict[str, Tensor], dict[Site, Tensor]]:
+        """The activations of all tokens of rows of a split, [rows, context, d] for each hook point of the sites, and
+        which of the tokens count at each site, bool [rows, context]: excluded ones do not, nor do outliers at one of
+        its hook points, as in an evaluation. One forward pass makes them all."""
+        rows = store.rows(split, start_row, stop_row)
+        hook_points = list(dict.fromkeys(name for site in sites for name in site.hook_points))
+        made = self._activations(rows, np.ones(rows.shape, dtype=bool), np.arange(rows.size), hook_points)
+        found = {name: from_wire(array, self.dtype).view(*rows.shape, -1) for name, array in made.items()}
+        kept = torch.from_numpy(store.kept(rows))
+        counted = {}
+        for site in sites:
+            counted[site] = kept
+            for name in site.hook_points if data.exclude.norm_over_median is not None else ():
+                limit = self._norm_limit(store, data, name, split)
+                counted[site] = counted[site] & (found[name].float().norm(dim=2) <= limit)
+        return found, counted
+
     def _harvest(
         self, store: TokenStore, data: DataSpec, block: int, hook_points: Sequence[str]
     ) -> dict[str, np.ndarray]:
@@ -278,6 +297,15 @@ class ModelHost:
     ) -> np.ndarray:
         if data.exclude.norm_over_median is None:
             return kept
+        limit = self._norm_limit(store, data, hook_point, split)
+        kept = kept.copy()
+        norms = self._kept_activations(rows, kept, hook_point).float().norm(dim=1)
+        kept[kept] = (norms <= limit).numpy()
+        return kept
+
+    def _norm_limit(self, store: TokenStore, data: DataSpec, hook_point: str, split: Split) -> float:
+        """The largest norm at a hook point that counts, where `data.exclude.norm_over_median` is given."""
+        assert data.exclude.norm_over_median is not None
         judged = store.train_id or f"{store.id}/{split}", hook_point
         if judged not in self._norm_limits:
             if store.train_id:
@@ -287,10 +315,7 @@ class ModelHost:
                 first = self._kept_activations(first_rows, store.kept(first_rows), hook_point)
             norms = first.float().norm(dim=1)
             self._norm_limits[judged] = data.exclude.norm_over_median * norms.median().item()
-        kept = kept.copy()
-        norms = self._kept_activations(rows, kept, hook_point).float().norm(dim=1)
-        kept[kept] = (norms <= self._norm_limits[judged]).numpy()
-        return kept
+        return self._norm_limits[judged]
 
     def _kept_activations(self, rows: np.ndarray, kept: np.ndarray, hook_point: str) -> Tensor:
         """[tokens, d] in the order of the rows, in the model's type."""

@@ -46,7 +46,7 @@ _PROCESSING = {  # by what SAELens has a HookedTransformer do to weights that ar
 
 
 @dataclass(frozen=True)
-class _Folder:
+class Folder:
     """An SAE folder, and the site that its cfg.json, or --hook-point, says it belongs to."""
 
     path: str
@@ -60,8 +60,13 @@ class _Folder:
     def digest(self) -> str:
         """Of what was loaded, so that the same SAE in another folder is known again."""
         digest = blake2b(digest_size=16)
-        for name in ("cfg.json", "sae_weights.safetensors"):
-            digest.update((Path(self.path) / name).read_bytes())
+        names = ["cfg.json", "sae_weights.safetensors"]
+        if not all((Path(self.path) / name).is_file() for name in names):  # of another format
+            names = sorted(path.name for path in Path(self.path).iterdir() if path.is_file())
+        for name in names:
+            with (Path(self.path) / name).open("rb") as stream:
+                while piece := stream.read(1 << 24):
+                    digest.update(piece)
         return digest.hexdigest()
 
     @property
@@ -73,7 +78,7 @@ class _Folder:
 
 
 @dataclass(frozen=True)
-class _Ground:
+class Ground:
     """What folders are evaluated on, and beside what."""
 
     spec: SweepSpec
@@ -105,11 +110,11 @@ def evaluate_folders(
     Raises a `UserError` that names the folder, for one that does not load, does not fit the model or does not say what
     it has to.
     """
-    loaded = [_load(folder, hook_point) for folder in dict.fromkeys(folders)]
-    ground = _by_their_word(home, loaded, asked, model, processing) if beside is None else _beside(home, loaded, beside)
+    loaded = [load_folder(folder, hook_point) for folder in dict.fromkeys(folders)]
+    ground = by_their_word(home, loaded, asked, model, processing) if beside is None else _beside(home, loaded, beside)
     subjects: dict[Site, list[Subject]] = {}
     modules: dict[Subject, nn.Module] = {}
-    of_subject: dict[Subject, _Folder] = {}
+    of_subject: dict[Subject, Folder] = {}
     for folder in loaded:
         source = f"evaluated/{content_id([folder.digest, folder.site.label, ground.description.fingerprint])}"
         for prefix in (None, *folder.sae.prefix_widths):
@@ -125,7 +130,9 @@ def evaluate_folders(
     return _front(home, pd.DataFrame(rows).astype({"prefix": float}), evaluation.rows(), ground)
 
 
-def _load(path: str, hook_point: str | None) -> _Folder:
+def load_folder(path: str, hook_point: str | None) -> Folder:
+    """An SAE folder of any format that is known, at the site that it names or at `hook_point`. Raises
+    `CheckpointError`."""
     from sae_core import SAE
 
     sae = SAE.load(path)
@@ -145,15 +152,17 @@ def _load(path: str, hook_point: str | None) -> _Folder:
     if metadata.get("hook_head_index") is not None:
         raise CheckpointError(f"{path}: it is of head {metadata['hook_head_index']} alone (metadata.hook_head_index); "
                               "accepted: SAEs of a whole hook point")  # fmt: skip
-    return _Folder(path, sae, Site(reads, writes))
+    return Folder(path, sae, Site(reads, writes))
 
 
 # ---- by what they say -----------------------------------------------------------------------------------------------
 
 
-def _by_their_word(
-    home: Home, loaded: Sequence[_Folder], asked: Asked, model: str | None, processing: str | None
-) -> _Ground:
+def by_their_word(
+    home: Home, loaded: Sequence[Folder], asked: Asked, model: str | None, processing: str | None
+) -> Ground:
+    """The model, and the rows of its report split, that folders name together, but for what is asked for. Raises a
+    `UserError` that names the folder."""
     spec = _described(loaded, asked, model, processing)
     try:
         description = describe_model(spec.model)
@@ -164,10 +173,10 @@ def _by_their_word(
     storage = Storage(home.storage_uri(None))
     store = evaluation_store(spec.data, spec.model, description, storage)
     protocol = {"model": spec.model.name, **protocol_of(spec, store, "report", None, OWN_MEAN)}
-    return _Ground(spec, description, storage, store, protocol, {})
+    return Ground(spec, description, storage, store, protocol, {})
 
 
-def _described(loaded: Sequence[_Folder], asked: Asked, model: str | None, processing: str | None) -> SweepSpec:
+def _described(loaded: Sequence[Folder], asked: Asked, model: str | None, processing: str | None) -> SweepSpec:
     """What the folders say of their model and data, but for what is asked for, as a spec."""
     data: dict[str, Any] = {
         "dataset": absolute(str(asked.dataset or _required(loaded, "dataset_path", "--dataset"))),
@@ -204,14 +213,14 @@ def _described(loaded: Sequence[_Folder], asked: Asked, model: str | None, proce
         raise SpecError(f"{where}: {message[0].lower()}{message[1:]}") from None
 
 
-def _required(loaded: Sequence[_Folder], name: str, option: str) -> Any:
+def _required(loaded: Sequence[Folder], name: str, option: str) -> Any:
     value = _agreed(loaded, name, option)
     if not value:
         raise CheckpointError(f"{loaded[0].path}: its cfg.json has no metadata.{name}; accepted: {option}")
     return value
 
 
-def _agreed(loaded: Sequence[_Folder], name: str, option: str | None = None) -> Any:
+def _agreed(loaded: Sequence[Folder], name: str, option: str | None = None) -> Any:
     """What all folders that say something about it say; None where none does."""
     said = [(folder.path, folder.about(name)) for folder in loaded if folder.about(name) is not None]
     for path, value in said[1:]:
@@ -224,7 +233,7 @@ def _agreed(loaded: Sequence[_Folder], name: str, option: str | None = None) -> 
     return said[0][1] if said else None
 
 
-def _processing_of(loaded: Sequence[_Folder]) -> str:
+def _processing_of(loaded: Sequence[Folder]) -> str:
     own = _agreed(loaded, "model_processing", "--processing")
     arguments = _agreed(loaded, "model_from_pretrained_kwargs", "--processing") or {}
     wanted = frozenset(name for name, value in arguments.items() if value is True)
@@ -239,13 +248,13 @@ def _processing_of(loaded: Sequence[_Folder]) -> str:
 # ---- beside a sweep -------------------------------------------------------------------------------------------------
 
 
-def _beside(home: Home, loaded: Sequence[_Folder], name: str) -> _Ground:
+def _beside(home: Home, loaded: Sequence[Folder], name: str) -> Ground:
     runs = find_sweep(home, name)
     sweep = resolve(home, runs)
     _check_protocol(runs, sweep)
     _check_fit(loaded, sweep.model)
     means = _means(sweep, loaded) if sweep.spec.evaluate.ablation == "mean" else {}
-    return _Ground(sweep.spec, sweep.model, sweep.storage, sweep.evaluated, sweep.protocol, means, runs)
+    return Ground(sweep.spec, sweep.model, sweep.storage, sweep.evaluated, sweep.protocol, means, runs)
 
 
 def _check_protocol(runs: SweepRuns, sweep: ResolvedSweep) -> None:
@@ -261,7 +270,7 @@ def _check_protocol(runs: SweepRuns, sweep: ResolvedSweep) -> None:
         )
 
 
-def _means(sweep: ResolvedSweep, loaded: Sequence[_Folder]) -> dict[Site, str]:
+def _means(sweep: ResolvedSweep, loaded: Sequence[Folder]) -> dict[Site, str]:
     for folder in loaded:
         if folder.site not in sweep.spec.sites:
             there = ", ".join(site.label for site in sweep.spec.sites)
@@ -272,7 +281,7 @@ def _means(sweep: ResolvedSweep, loaded: Sequence[_Folder]) -> dict[Site, str]:
     return {site: mean_file(sweep, site) for site in sweep.spec.sites}
 
 
-def _check_fit(loaded: Sequence[_Folder], description: ModelDescription) -> None:
+def _check_fit(loaded: Sequence[Folder], description: ModelDescription) -> None:
     for folder in loaded:
         try:
             check_sites(description, [folder.site])
@@ -291,7 +300,7 @@ def _check_fit(loaded: Sequence[_Folder], description: ModelDescription) -> None
 # ---- doing it -------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(evaluation: Evaluation, ground: _Ground, modules: "Mapping[Subject, nn.Module]") -> None:
+def _evaluate(evaluation: Evaluation, ground: Ground, modules: "Mapping[Subject, nn.Module]") -> None:
     if not evaluation.left():
         say("all of these figures are there already")
         return
@@ -304,7 +313,7 @@ def _evaluate(evaluation: Evaluation, ground: _Ground, modules: "Mapping[Subject
     in_process(evaluation, host, ground.spec.data, say, on_device)
 
 
-def _row(folder: _Folder, subject: Subject, evaluation: Evaluation) -> dict[str, Any]:
+def _row(folder: Folder, subject: Subject, evaluation: Evaluation) -> dict[str, Any]:
     from penstock.compare import trained_as
 
     cfg = folder.sae.cfg
@@ -315,7 +324,7 @@ def _row(folder: _Folder, subject: Subject, evaluation: Evaluation) -> dict[str,
     }  # fmt: skip
 
 
-def _front(home: Home, table: pd.DataFrame, rows: pd.DataFrame, ground: _Ground) -> Evaluated:
+def _front(home: Home, table: pd.DataFrame, rows: pd.DataFrame, ground: Ground) -> Evaluated:
     """The folders on a front: with the finished SAEs that a sweep has at the same hook points, where there is one."""
     baselines = pd.DataFrame(columns=["kind", "hook_point"])
     if ground.beside is not None:
