@@ -155,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--sae", metavar="ID", help="this one: an id or the beginning of one, ID[WIDTH] for a prefix")
     pull.add_argument("--architecture", metavar="A", help="only this architecture")
     _add_band(pull, "pick from this band of L0 (else the spec's)")
+    pull.add_argument(
+        "--at", metavar="TOKENS", type=_tokens, help="as it was after so many tokens (50M), where train.keep kept it"
+    )
     pull.add_argument("--to", metavar="DIR", required=True, help="a new or empty folder")
 
     report = command("report", _report, "write a sweep's report as one self-contained HTML file")
@@ -404,12 +407,16 @@ def _pull(arguments: argparse.Namespace, home: Home) -> int:
         sae=arguments.sae,
         architecture=arguments.architecture,
         l0=arguments.l0,
+        at=arguments.at,
         to=arguments.to,
         home=home,
     )
     picked = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     if "model" in picked:
         what = f"{picked['model']}, version {picked['version']}"
+    elif "at_tokens" in picked:
+        after = f"{picked['at_tokens']:,} tokens"
+        what = f"{kind_of(picked)} at {picked['hook_point']} after {after} (SAE {key_of(picked)})"
     else:
         what = (
             f"{kind_of(picked)} at {picked['hook_point']}, L0 {picked['l0']:.3g}, "

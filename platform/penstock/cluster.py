@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def connect(address: str | None) -> bool:
 
     Raises `SweepError` when nothing answers at the address.
     """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        raise SweepError("Ray runs in this process already, and a sweep starts it, or joins a cluster, with settings "
+                         "of its own; accepted: ray.shutdown() before")  # fmt: skip
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None or address == "local":
         _start_local()
@@ -54,7 +58,12 @@ def connect(address: str | None) -> bool:
 
 
 def _start_local() -> None:
-    # Whatever address it is given, Ray listens on all of the machine's: only its token keeps others out.
+    # Whatever address it is given, Ray listens on all of the machine's: only its token keeps others out. It reads that
+    # variable when it is imported.
+    if "ray" in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        raise SweepError("Ray was imported before a sweep could ask it for a token, without which anybody on this "
+                         "network could run code here; accepted: RAY_AUTH_MODE=token in the environment, or `import "
+                         "ray` after the sweep has begun")  # fmt: skip
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # A pack needs a handful of processes; on few cores Ray would start them one after another.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")

@@ -28,6 +28,7 @@ from penstock.storage import Storage
 from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
 
 KEEP_CHECKPOINTS = 2
+KEPT = "kept"  # below an SAE's folder: what it was on the way, by the tokens that it had been trained on
 LEAST_MICRO_BATCH = 64  # tokens, and an eighth of a batch; a pack that needs less is better split than slow
 DEAD_OVER_TOKENS = 1_000_000
 
@@ -190,11 +191,32 @@ class Pack:
                 try:
                     self._save(slot)
                 except OSError as error:
-                    reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
                     self._log(
                         f"SAE {slot.member.sae_id}: its checkpoint at step {slot.trainer.steps_done} could not be "
-                        f"written to {self._storage.uri} ({reason}); training goes on, and the last whole one stays"
+                        f"written to {self._storage.uri} ({_reason(error)}); training goes on, and the last whole one "
+                        "stays"
                     )
+
+    def keep(self, step: int, latest: Mapping[str, Tensor]) -> None:
+        """Keep every active SAE that has made `step` steps as it would be used now: folded, in SAELens' format, below
+        `kept/TOKENS`. `latest`: the training tokens [n, d] of every input that thresholds are calibrated on. One that
+        is there already stays, and one that cannot be written stops no training."""
+        for slot in [slot for slot in self._slots if slot.active and slot.trainer.steps_done == step]:
+            tokens = slot.trainer.tokens_seen
+            folder = f"{slot.folder}/{KEPT}/{tokens}"
+            if self._stop_if_diverged(slot) or self._storage.is_committed(folder):
+                continue
+            metadata = {**slot.member.metadata, "kept_at_tokens": tokens}
+            sae = slot.trainer.export(
+                metadata, tokens=latest[slot.member.reads], reshape_activations=slot.member.reshape_activations
+            )
+            try:
+                self._storage.commit_folder(folder, _saved(sae, slot.trainer.sparsity()), self._guard)
+            except OSError as error:
+                self._log(
+                    f"SAE {slot.member.sae_id}: what it was at {tokens:,} tokens could not be kept in "
+                    f"{self._storage.uri} ({_reason(error)}); training goes on"
+                )
 
     def finish(self, tails: Mapping[str, Tensor] = {}) -> None:
         """Export every SAE that has made all its steps: folded, in SAELens' format, with its history.
@@ -306,6 +328,10 @@ class Pack:
         self._storage.commit_folder(f"{slot.folder}/final", files, self._guard)
         self._storage.delete(f"{slot.folder}/checkpoints")
         self._emit({"kind": "finished", "sae_id": slot.member.sae_id})
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
 
 
 def _dead_over_tokens(trainer: SAETrainer) -> int:

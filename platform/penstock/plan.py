@@ -181,9 +181,18 @@ def _amount(resources: Mapping[str, float]) -> str:
 
 
 def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
-    """The spec and its model, checked as far as that can be done before anything is started; local paths in it are made
-    absolute. Raises a `UserError` that begins with the file and the line."""
+    """The spec of a file and its model, checked by `check_sweep`. Raises a `UserError` that begins with the file and
+    the line."""
     spec = load_spec(spec_path)
+    try:
+        return check_sweep(spec)
+    except UserError as error:
+        raise type(error)(f"{place(spec_path, str(error))}: {error}") from None
+
+
+def check_sweep(spec: SweepSpec) -> tuple[SweepSpec, ModelDescription]:
+    """A spec and its model, checked as far as that can be done before anything is started; local paths in it are made
+    absolute. Raises a `UserError`."""
     model, data = spec.model, spec.data
     model = model.model_copy(update={"name": absolute(model.name)})
     if data.mixture is not None:
@@ -196,20 +205,17 @@ def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:
     if data.spool not in (None, "off") and "://" not in data.spool:
         data = data.model_copy(update={"spool": os.path.abspath(os.path.expanduser(data.spool))})
     spec = spec.model_copy(update={"model": model, "data": data})
-    try:
-        description = describe_model(model)
-        check_weight_files(model)
-        check_sites(description, spec.sites)
-        check_context_size(description, data.context_size)
-        check_context_size(description, spec.evaluate.context_size or 0, "evaluate.context_size")
-        packs = plan_packs(spec, plan_saes(spec, description, train_id=""))
-        if data.activations is not None:
-            arrays = sorted(arrays_of(packs))
-            widths = {name: description.hook_points[parse_array(name)[0]] for name in arrays}
-            open_given(data).check(spec, widths)
-        check_data(data, model, spec.train, description.vocab_size)
-    except UserError as error:
-        raise type(error)(f"{place(spec_path, str(error))}: {error}") from None
+    description = describe_model(model)
+    check_weight_files(model)
+    check_sites(description, spec.sites)
+    check_context_size(description, data.context_size)
+    check_context_size(description, spec.evaluate.context_size or 0, "evaluate.context_size")
+    packs = plan_packs(spec, plan_saes(spec, description, train_id=""))
+    if data.activations is not None:
+        arrays = sorted(arrays_of(packs))
+        widths = {name: description.hook_points[parse_array(name)[0]] for name in arrays}
+        open_given(data).check(spec, widths)
+    check_data(data, model, spec.train, description.vocab_size)
     return spec, description
 
 
@@ -230,6 +236,7 @@ def training_settings(train: TrainSpec) -> TrainingSettings:
         lr_warm_up_steps=train.lr_warm_up_steps,
         lr_decay=train.lr_decay,
         lr_decay_steps=train.lr_decay_steps,
+        adam_betas=train.adam_betas,
         encoder_dtype=train.encoder_dtype,
         dead_after_tokens=dead_after,
     )

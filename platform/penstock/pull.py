@@ -30,7 +30,15 @@ from penstock.pareto import (
     select,
 )
 from penstock.registry import fetch_version, find_version, is_model_uri
-from penstock.tracking import SAE_FOLDER, SweepRuns, fetch_artifact, find_sweep, sweep_table
+from penstock.tracking import (
+    KEPT_FOLDER,
+    SAE_FOLDER,
+    SweepRuns,
+    fetch_artifact,
+    find_sweep,
+    kept_tokens,
+    sweep_table,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 PROVENANCE = "penstock.json"
+_NAMED = {"sae_id", "run_id"}
 _OURS = {CONFIG, WEIGHTS, SPARSITY, PROVENANCE}
 
 
@@ -85,12 +94,13 @@ def load_sae(
     sae: str | None = None,
     architecture: str | None = None,
     l0: Band | None = None,
+    at: int | str | None = None,
     home: str | Home | None = None,
 ) -> "SAE":
     """The SAE with the highest CE recovered at a hook point, or the one named (see `pull`), ready to `encode` and
     `decode`. In place of a sweep, a registered model's address names one, too: `models:/NAME@best`, `models:/NAME/3`.
     """
-    choice = _choose(_home(home), sweep, hook_point, sae, architecture, l0)
+    choice = _choose(_home(home), sweep, hook_point, sae, architecture, l0, at)
     with tempfile.TemporaryDirectory() as folder:
         return choice.fetch(Path(folder))[1]
 
@@ -103,6 +113,7 @@ def pull(
     sae: str | None = None,
     architecture: str | None = None,
     l0: Band | None = None,
+    at: int | str | None = None,
     home: str | Home | None = None,
 ) -> Path:
     """Put the SAE with the highest CE recovered at a hook point, or the one that `sae` names, into the folder `to`, and
@@ -110,17 +121,18 @@ def pull(
     one with the fewest dead latents (see `pareto.select`).
 
     `sae` is an id or the beginning of one, `ID[WIDTH]` for a prefix. `l0` is the band to pick from, the spec's unless
-    given. `sweep` may also be a registered model's address, alone: `models:/NAME@best`. The folder holds cfg.json,
-    sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load` and, for architectures it has,
-    `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled there earlier is replaced; a
-    folder with anything else in it is refused. Raises `SweepError`.
+    given. With `at` it is what that SAE was after so many tokens of its training (50M, 2_000_000), one of those points
+    that `train.keep` kept. `sweep` may also be a registered model's address, alone: `models:/NAME@best`. The folder
+    holds cfg.json, sae_weights.safetensors and sparsity.safetensors, which `sae_core.SAE.load` and, for architectures
+    it has, `sae_lens` read, and penstock.json, which says where it comes from. An SAE pulled there earlier is
+    replaced; a folder with anything else in it is refused. Raises `SweepError`.
     """
     folder = Path(to)
     if not str(to):
         raise SweepError("cannot pull to '': name a folder")
     _check_target(folder)
     where = _home(home)
-    choice = _choose(where, sweep, hook_point, sae, architecture, l0)
+    choice = _choose(where, sweep, hook_point, sae, architecture, l0, at)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -164,12 +176,20 @@ class _Choice:
 
 
 def _choose(
-    home: Home, sweep: str, hook_point: str | None, sae: str | None, architecture: str | None, l0: Band | None
+    home: Home,
+    sweep: str,
+    hook_point: str | None,
+    sae: str | None,
+    architecture: str | None,
+    l0: Band | None,
+    at: int | str | None,
 ) -> _Choice:
     _check_band(l0)
     if is_model_uri(sweep):
-        if not (hook_point is sae is architecture is l0 is None):
-            raise SweepError(f"model {sweep!r} is one SAE: hook_point, sae, architecture and l0 go with a sweep's name")
+        if not (hook_point is sae is architecture is l0 is at is None):
+            raise SweepError(
+                f"model {sweep!r} is one SAE: hook_point, sae, architecture, l0 and at go with a sweep's name"
+            )
         return _choose_registered(home, sweep)
     if hook_point is None and sae is None:
         raise SweepError(
@@ -187,7 +207,36 @@ def _choose(
         row = find_sae(table, sae)
         if row["status"] != "finished":
             raise SweepError(f"SAE {key_of(row)} is {row['status']}: only what is finished can be fetched")
-    return _Choice(lambda to: fetch_checkpoint(home, row, to), _provenance(runs, row))
+    if at is None:
+        return _Choice(lambda to: fetch_checkpoint(home, row, to), _provenance(runs, row))
+    tokens = _kept_at(home, row, at)
+    # The figures are those of the end, and not of what is fetched.
+    settings = row[[name for name in row.index if name in _NAMED or name not in _of_the_end(row)]]
+    provenance = _provenance(runs, settings) | {"at_tokens": tokens}
+    return _Choice(lambda to: fetch_checkpoint(home, row, to, f"{KEPT_FOLDER}/{tokens}"), provenance)
+
+
+def _of_the_end(row: pd.Series) -> set[str]:
+    """The columns of a sweep's table from its figures on."""
+    names = list(row.index)
+    return set(names[names.index("l0") :])
+
+
+def _kept_at(home: Home, row: pd.Series, at: int | str) -> int:
+    from penstock.spec import parse_count
+
+    try:
+        tokens = parse_count(at)
+    except ValueError as error:
+        raise SweepError(f"at {at!r}: {error}") from None
+    kept = kept_tokens(home, row["run_id"])
+    if tokens not in kept:
+        there = f"it was kept at {', '.join(map(str, kept))}" if kept else "nothing of it was kept on the way"
+        raise SweepError(
+            f"at {at!r}: SAE {row['sae_id']} was not kept at so many tokens; accepted is a point of its training that "
+            f"train.keep kept: {there}"
+        )
+    return int(tokens)
 
 
 def _choose_registered(home: Home, uri: str) -> _Choice:
@@ -203,12 +252,13 @@ def _choose_registered(home: Home, uri: str) -> _Choice:
     return _Choice(fetch, leading | figures)
 
 
-def fetch_checkpoint(home: Home, row: pd.Series, to: Path) -> tuple[Path, "SAE"]:
+def fetch_checkpoint(home: Home, row: pd.Series, to: Path, name: str = SAE_FOLDER) -> tuple[Path, "SAE"]:
     """The checkpoint's folder below `to`, and the SAE in it, of a row of `tracking.sweep_table`; a prefix's is cut off.
+    `name`: of the artifact, the SAE as it was at the end unless given.
 
     Raises `CheckpointError` for one that does not load.
     """
-    folder = fetch_artifact(home, row["run_id"], SAE_FOLDER, to)
+    folder = fetch_artifact(home, row["run_id"], name, to)
     sae, sparsity = _load(folder, f"the checkpoint of SAE {row['sae_id']} (run {row['run_id']})")
     if pd.isna(row["prefix"]):
         return Path(str(folder)), sae

@@ -11,6 +11,7 @@ import pandas as pd
 from penstock.compare import seed_stability
 from penstock.evaluation import Evaluation, bases, evaluation_of, of_sae
 from penstock.identity import code_hash
+from penstock.pack import KEPT
 from penstock.pareto import mark_front
 from penstock.plan import FROZEN_DECODER, PlannedSAE
 from penstock.registry import hand_over
@@ -20,6 +21,7 @@ from penstock.targets import missed
 from penstock.tracking import ROWS_FILE
 
 if TYPE_CHECKING:
+    from penstock.mirror import Mirror
     from penstock.tracking import Tracker
 
 SETTLED = ("finished", "diverged", "pruned")
@@ -95,13 +97,15 @@ def baseline_table(sweep: ResolvedSweep, evaluation: Evaluation | None = None) -
     return pd.DataFrame(rows, columns=None if rows else ["kind", "hook_point", "k", "l0", "ce_recovered"])
 
 
-def publish(sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float]) -> pd.DataFrame:
+def publish(
+    sweep: ResolvedSweep, tracker: "Tracker", cost: Mapping[str, float], mirror: "Mirror | None" = None
+) -> pd.DataFrame:
     """Log every SAE's end, the tables, the plots and the cost. Returns the table."""
     evaluation = evaluation_of(sweep)
     finished = [sae for sae in sweep.saes if sae.baseline is None and sweep.is_finished(sae)]
     stability = seed_stability(sweep.storage, finished)
     for sae in sweep.saes:
-        _publish_sae(sweep, tracker, sae, evaluation, stability)
+        _publish_sae(sweep, tracker, mirror, sae, evaluation, stability)
     table, baselines = sae_table(sweep, evaluation, stability), baseline_table(sweep, evaluation)
     status = "finished" if table["status"].isin(SETTLED).all() else "failed"
     files = [*_write_files(sweep, table, baselines, evaluation.rows(), cost, status), _write_rows(sweep, evaluation)]
@@ -119,7 +123,12 @@ def report_folder(sweep: ResolvedSweep) -> Path:
 
 
 def _publish_sae(
-    sweep: ResolvedSweep, tracker: "Tracker", sae: PlannedSAE, evaluation: Evaluation, stability: Mapping[str, float]
+    sweep: ResolvedSweep,
+    tracker: "Tracker",
+    mirror: "Mirror | None",
+    sae: PlannedSAE,
+    evaluation: Evaluation,
+    stability: Mapping[str, float],
 ) -> None:
     status, figures, reason = outcome(sweep, sae, evaluation)
     if sae.sae_id in stability:
@@ -131,14 +140,28 @@ def _publish_sae(
         history = json.loads(files.pop("summary.json"))["history"]
     else:
         files, history = {}, sweep.stopped(sae).get("history", [])
-    tracker.log_rows(sae.sae_id, history)
-    with tempfile.TemporaryDirectory() as temporary:
+    new = tracker.log_rows(sae.sae_id, history)
+    if mirror is not None:
+        mirror.log(sae.sae_id, new)
+        mirror.finish(sae.sae_id, status, figures)
+    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory() as also:
         folder = Path(temporary)
         for name, data in files.items():
             (folder / name).write_bytes(data)
+        kept = Path(also) if _copy_kept(sweep, sae, Path(also)) else None
         tracker.finish_sae(
-            sae.sae_id, status=status, metrics=figures, folder=folder if files else None, reason=reason
+            sae.sae_id, status=status, metrics=figures, folder=folder if files else None, reason=reason, kept=kept
         )
+
+
+def _copy_kept(sweep: ResolvedSweep, sae: PlannedSAE, to: Path) -> bool:
+    """Copy what the SAE was on the way to a folder; whether there is any."""
+    names = [name for name in sweep.storage.names(f"saes/{sae.sae_id}/{KEPT}") if name.isdigit()]
+    for name in names:
+        (to / name).mkdir()
+        for file, data in sweep.storage.read_folder(f"saes/{sae.sae_id}/{KEPT}/{name}").items():
+            (to / name / file).write_bytes(data)
+    return bool(names)
 
 
 def _write_rows(sweep: ResolvedSweep, evaluation: Evaluation) -> Path:

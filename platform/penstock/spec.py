@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -204,7 +205,9 @@ class TrainSpec(_Section):
     lr_decay_steps: int | None = Field(None, ge=0, description="steps of that way; the last fifth unless given")
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the encoder's product")
     dead_after_tokens: Count | None = Field(None, description="a quarter of the run unless given, and at most that")
+    adam_betas: tuple[float, float] = (0.9, 0.999)
     checkpoints: int = Field(5, ge=0, description="whole checkpoints on the way, beside the last")
+    keep: int = Field(0, ge=0, description="folded SAEs kept on the way, beside the last; `penstock pull --at TOKENS`")
     micro_batch_tokens: Count | None = Field(None, description="tokens of a forward and backward pass; halved when "
                                                                "memory runs out; the same results")  # fmt: skip
 
@@ -217,6 +220,13 @@ class TrainSpec(_Section):
         if self.lr_decay == "constant":
             return 0
         return self.steps // 5 if self.lr_decay_steps is None else self.lr_decay_steps
+
+    @field_validator("adam_betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("accepted are two numbers of at least 0 and below 1")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSpec":
@@ -329,6 +339,19 @@ class ResourceSpec(_Section):
     gpu_hour_cost: float | None = Field(None, ge=0, description="currency units a GPU hour, for the plan's estimate")
 
 
+class TrackingSpec(_Section):
+    """Where curves and figures are shown beside MLflow, which is the record."""
+
+    wandb_project: str | None = Field(None, min_length=1, description="a project of Weights & Biases that mirrors them")
+    wandb_entity: str | None = Field(None, min_length=1, description="whose project; the user's own unless given")
+
+    @model_validator(mode="after")
+    def _project(self) -> "TrackingSpec":
+        if self.wandb_entity is not None and self.wandb_project is None:
+            raise ValueError(f"wandb_entity {self.wandb_entity!r} is given, and no wandb_project; accepted: both")
+        return self
+
+
 class SweepSpec(_Section):
     """Layers x architectures x sparsity values, and what they are trained on."""
 
@@ -344,6 +367,7 @@ class SweepSpec(_Section):
     search: SearchSpec = SearchSpec()
     targets: TargetSpec = TargetSpec()
     select: SelectSpec = SelectSpec()
+    tracking: TrackingSpec = TrackingSpec()
     resources: ResourceSpec = ResourceSpec()
 
     @field_validator("name")
@@ -487,6 +511,11 @@ def parse_spec(text: str, source: str = "spec") -> SweepSpec:
     if not isinstance(raw, dict):
         what = "nothing" if raw is None else f"a {type(raw).__name__}"
         raise SpecError(f"{source}: holds no sweep spec, but {what}; it begins with `name: ...`")
+    return check_spec(raw, source, lines)
+
+
+def check_spec(raw: Mapping[str, Any], source: str, lines: Lines = MappingProxyType({})) -> SweepSpec:
+    """Check a spec given as a mapping; `lines` says where each key stands in `source`, if that is a file."""
     try:
         spec = SweepSpec.model_validate(raw)
         _check_entries(spec)

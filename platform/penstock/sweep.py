@@ -19,12 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.batches import checkpoint_steps
 from penstock.decisions import Pruner, add_saes
 from penstock.errors import SweepError, UserError
 from penstock.evaluation import evaluate_on_hosts
 from penstock.fence import BEAT_SECONDS, Fence, Pulse, claim, release
 from penstock.home import Home, remember
 from penstock.identity import code_hash
+from penstock.mirror import Mirror
+from penstock.pack import KEPT
 from penstock.plan import (
     PlannedPack,
     PlannedSAE,
@@ -38,6 +41,7 @@ from penstock.plan import (
 )
 from penstock.resolved import ResolvedSweep
 from penstock.session import Session, this_machine
+from penstock.spec import SweepSpec
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
 
@@ -66,7 +70,8 @@ def plan_command(spec_path: str | Path, home: Home) -> str:
 
 
 def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_code_change: bool = False) -> int:
-    """`penstock run`: the whole sweep, from this process. Returns the exit status: 1 when an SAE failed."""
+    """`penstock run`: the whole sweep, from this process. Returns the exit status: 1 when an SAE failed.
+    `penstock.train` runs a `Driver` of its own."""
     driver = Driver(spec_path, home, allow_code_change)
     try:
         return driver.run(address)
@@ -90,8 +95,9 @@ def _passes(sweep: ResolvedSweep, packs: list[PlannedPack], slots: int) -> int:
 class Driver(Session):
     """One sweep in one process."""
 
-    def __init__(self, spec_path: str | Path, home: Home, allow_code_change: bool) -> None:
-        super().__init__(spec_path, home)
+    def __init__(self, spec: str | Path | SweepSpec, home: Home, allow_code_change: bool) -> None:
+        super().__init__(spec, home)
+        self._mirror = Mirror(self.spec.tracking, home, self.spec.name, self.say)
         self._allow_code_change = allow_code_change
         self._seconds: dict[str, float] = {}
         self._fence: Fence | None = None
@@ -145,6 +151,7 @@ class Driver(Session):
             self._pulse.stop()
         if self._fence is not None:
             release(self._fence)
+        self._mirror.close()
         super().close()
 
     # ---- before training ----
@@ -160,6 +167,23 @@ class Driver(Session):
         else:
             for warning in warnings(self.spec, self.sweep.saes):
                 self.say(f"warning: {warning}")
+        self._say_not_kept()
+
+    def _say_not_kept(self) -> None:
+        """An SAE that was finished before `train.keep` asked for more is not trained again for it."""
+        points = checkpoint_steps(self.spec.train.steps, self.spec.train.keep)
+        wanted = {str(step * self.spec.train.batch_tokens) for step in points}
+        lacking = [
+            sae.sae_id
+            for sae in self.sweep.saes
+            if wanted and self.sweep.is_finished(sae)
+            and wanted - set(self.storage.names(f"saes/{sae.sae_id}/{KEPT}"))
+        ]  # fmt: skip
+        if lacking:
+            self.say(
+                f"train.keep {self.spec.train.keep}: {len(lacking)} SAE(s) were finished before it asked for them, and "
+                f"are not trained again: {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+            )
 
     def _is_complete(self) -> bool:
         return not self.left and self.storage.exists(self.sweep.result_file) and self._is_tracked()
@@ -212,11 +236,13 @@ class Driver(Session):
         self.left = [sae for sae in self.sweep.left() if sae.sae_id not in before]
         self.packs = plan_packs(self.spec, self.left)
         if self._tracker is not None:
-            self._tracker.add([self._tracked(sae) for sae in self.sweep.added])
+            added = [self._tracked(sae) for sae in self.sweep.added]
+            self._tracker.add(added)
+            self._mirror.open(self.sweep.sweep_id, added)
 
     def _job(self, pack: PlannedPack) -> "TrialJob":
-        from penstock.worker import PackJob
         from penstock.trial import TrialJob
+        from penstock.worker import PackJob
 
         assert self._fence is not None
         training, resources = training_settings(self.spec.train), self.spec.resources
@@ -238,6 +264,7 @@ class Driver(Session):
             journal=self.sweep.journal,
             probe=self.sweep.probe,
             rungs=self._pruner.rungs,
+            keep=self.spec.train.keep,
             allow_code_change=self._allow_code_change,
             code=code_hash(),
         )
@@ -307,6 +334,7 @@ class Driver(Session):
             "protocol": self.sweep.protocol_id,
         }  # fmt: skip
         self._tracker.open(self.sweep.yaml, params, tracked)
+        self._mirror.open(self.sweep.sweep_id, tracked)
 
     def _tracked(self, sae: PlannedSAE) -> "TrackedSAE":
         from penstock.tracking import TrackedSAE
@@ -361,7 +389,7 @@ class Driver(Session):
         if rows:
             self._open_tracker()
         for sae_id, new in rows.items():
-            self._tracker.log_rows(sae_id, new)
+            self._mirror.log(sae_id, self._tracker.log_rows(sae_id, new))
 
     def _heed(self) -> None:
         """Do what `penstock scale` has asked for. Raises when another driver has taken the sweep over."""
@@ -450,7 +478,7 @@ class Driver(Session):
             "sae_tokens_per_second": trained / max(1e-9, self._seconds["train"]),
             **self._saved(),
         }
-        table = publish(self.sweep, self._tracker, self._cost)
+        table = publish(self.sweep, self._tracker, self._cost, self._mirror)
         self._print_front()
         self._say_off_target(table)
         self._print_next(table)

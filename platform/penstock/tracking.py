@@ -8,7 +8,8 @@ The driver is the only writer, through one `Tracker`, in batches; everybody else
 - Tags of a child: `sae_id`, `hook_point`, `architecture`, `status` (queued, running, finished, diverged, failed,
   stopped, pruned), `reason` where it did not finish, `proposed` (the round, where search proposed it), `on_front`,
   `on_overall_front`, `missed` and `remedy` (the spec's targets), and `baseline` for what is no candidate.
-- A child's `sae/` holds its checkpoint; the parent's artifacts are `spec.yaml`, `front.json`, `baselines.json`,
+- A child's `sae/` holds its checkpoint, `kept/TOKENS/` what it was on the way, where the spec has asked for that
+  (`train.keep`); the parent's artifacts are `spec.yaml`, `front.json`, `baselines.json`,
   `evaluation.parquet` (the figures of every sequence), `details.json` (curves and firing rates), the report and plots.
 """
 
@@ -50,7 +51,7 @@ PARENT = "mlflow.parentRunId"
 RUN_NAME = "mlflow.runName"
 LOGGED_TABLES = "mlflow.loggedArtifacts"  # what the UI offers as tables
 
-SAE_FOLDER = "sae"
+SAE_FOLDER, KEPT_FOLDER = "sae", "kept"
 FRONT_FILE, BASELINES_FILE, SPEC_FILE = "front.json", "baselines.json", "spec.yaml"
 ROWS_FILE, DETAILS_FILE = "evaluation.parquet", "details.json"
 FIGURES = ["l0", "ce_recovered", "kl_recovered", "explained_variance", "dead_fraction", "ce_increase"]
@@ -248,8 +249,9 @@ class Tracker:
         self._runs[sae_id], self._marks[sae_id], self._statuses[sae_id] = run_id, mark, status
         self._on_front[sae_id] = on_front
 
-    def log_rows(self, sae_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add points to an SAE's curves: each row is `{"tokens": int, "metrics": {name: float}}`.
+    def log_rows(self, sae_id: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Add points to an SAE's curves: each row is `{"tokens": int, "metrics": {name: float}}`. Returns the rows that
+        were new.
 
         A name without a `/` becomes `train/<name>`. Rows at or before the last one logged are left out, also those
         that an earlier driver logged; so are values that are not finite, the first of which the run's tag names.
@@ -259,7 +261,8 @@ class Tracker:
         now = _now_ms()
         batch: list[Any] = []
         mark, not_finite = self._marks[sae_id], None
-        for row in sorted(rows, key=lambda row: row["tokens"]):
+        new = sorted((row for row in rows if row["tokens"] > mark), key=lambda row: row["tokens"])
+        for row in new:
             if row["tokens"] <= mark:
                 continue
             if len(batch) + len(row["metrics"]) > _BATCH_METRICS:
@@ -274,6 +277,7 @@ class Tracker:
                     not_finite = f"{key} was {value} at {mark} tokens"
         if mark > self._marks[sae_id]:
             self._write_rows(sae_id, batch, mark, not_finite)
+        return new
 
     def _write_rows(self, sae_id: str, batch: Sequence[Any], mark: int, not_finite: str | None) -> None:
         tags = {LOGGED_TOKENS: str(mark)}
@@ -292,8 +296,10 @@ class Tracker:
         metrics: Mapping[str, float],
         folder: Path | None,
         reason: str | None = None,
+        kept: Path | None = None,
     ) -> None:
-        """End an SAE's run: its final figures, its checkpoint as the artifact `sae/`, and why it ended.
+        """End an SAE's run: its final figures, its checkpoint as the artifact `sae/`, and why it ended. `kept` is a
+        folder of checkpoints of the same kind, by the tokens that they had been trained on.
 
         `status` is finished, diverged, failed, stopped or pruned. A run that has already ended so is left as it is: it
         is ended last, so an ended run is a complete one.
@@ -307,6 +313,8 @@ class Tracker:
         final = [Metric(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)]
         if folder is not None:
             self._client.log_artifacts(run_id, str(folder), SAE_FOLDER)
+        if kept is not None:
+            self._client.log_artifacts(run_id, str(kept), KEPT_FOLDER)
         tags = {"status": status} | ({"reason": reason} if reason else {})
         self._write(run_id, metrics=final, tags=tags)
         self._client.set_terminated(run_id, _RUN_STATUS[status])
@@ -557,12 +565,19 @@ def fetch_artifact(home: Home, run_id: str, name: str, to: Path | None = None) -
 
     with reported(home):
         client = connect(home)
-        if name not in [item.path for item in client.list_artifacts(run_id)]:
+        if name not in [item.path for item in client.list_artifacts(run_id, os.path.dirname(name) or None)]:
             return None
         try:
             return Path(client.download_artifacts(run_id, name, None if to is None else str(to)))
         except (MlflowException, OSError) as error:
             raise SweepError(f"the artifact {name} of run {run_id} cannot be fetched: {error}") from None
+
+
+def kept_tokens(home: Home, run_id: str) -> list[int]:
+    """After how many tokens the SAE of a run was kept on the way, in ascending order."""
+    with reported(home):
+        found = [os.path.basename(item.path) for item in connect(home).list_artifacts(run_id, KEPT_FOLDER)]
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 def _all_sweeps(home: Home) -> list[SweepRuns]:

@@ -34,7 +34,8 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 @dataclass(frozen=True)
 class PackJob:
     """Everything a pack's worker needs; the stream's handle travels beside it. `hook_points` names the arrays of the
-    stream that the pack is fed. At the steps `rungs` its SAEs are measured on the search activations of `probe`."""
+    stream that the pack is fed. At the steps `rungs` its SAEs are measured on the search activations of `probe`. At so
+    many points as `keep` says, evenly spread, its SAEs are kept as they would be used then."""
 
     pack_id: str
     members: tuple[PackMember, ...]
@@ -55,6 +56,7 @@ class PackJob:
     code: str
     probe: Probe | None = None
     rungs: tuple[int, ...] = ()
+    keep: int = 0
 
     def part(self, pack_id: str, sae_ids: Collection[str]) -> "PackJob":
         """The job of some of the pack's SAEs, as a pack of their own."""
@@ -99,6 +101,7 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
         allow_code_change=job.allow_code_change,
     )
     save_after = set(checkpoint_steps(job.training.steps, job.checkpoints))
+    keep_after = set(checkpoint_steps(job.training.steps, job.keep))
     tails: dict[str, torch.Tensor] = {}
     if left:
         first_step = pack.next_step
@@ -119,6 +122,10 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
                     _report_rung(job, client, pack, step + 1, inputs)
                 del inputs
                 pack.prune(client.stops, job.journal.write_run)
+                if step + 1 in keep_after:  # before a checkpoint, from which it would not be made again
+                    client.flush(PAUSE_SECONDS)
+                    latest = slice(max(0, batch.stop - TAIL_TOKENS), batch.stop)
+                    pack.keep(step + 1, {name: view[latest].to(torch.float32) for name, view in views.items()})
                 if step + 1 in save_after:
                     client.flush(PAUSE_SECONDS)
                     pack.checkpoint()
