@@ -14,7 +14,7 @@ _MODULES: dict[str, list[str]] = {
     ],
     "generation": [],
     "neuronpedia": [],
-    "splicing": [],
+    "splicing": ["SplicedModel", "with_saes"],
     "steering": [],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
