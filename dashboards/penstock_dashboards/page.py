@@ -60,9 +60,7 @@ def write_whole(path: Path, text: str) -> Path:
     return path
 
 
-def page_text(
-    title: str, in_short: Sequence[str], data: Mapping[str, Any], parts: Parts = REPORT, **more: str
-) -> str:
+def page_text(title: str, in_short: Sequence[str], data: Mapping[str, Any], parts: Parts = REPORT, **more: str) -> str:
     """The page as text. `more` fills further places of the template, as they are: it has to be safe there."""
     style = "".join(map(_template, parts.styles))
     script = '"use strict";\n(() => {\n' + "\n".join(map(_template, parts.scripts)) + "})();\n"
