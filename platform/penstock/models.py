@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from penstock.errors import ModelError
 from penstock.sites import Site
 from penstock.spec import ModelSpec
+from sae_core.model_processing import processing_of as processing_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

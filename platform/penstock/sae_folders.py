@@ -19,7 +19,7 @@ from penstock.evaluated import Evaluated
 from penstock.evaluation import Evaluation, in_process, mean_file
 from penstock.home import Home
 from penstock.identity import content_id
-from penstock.models import ModelDescription, check_sites, describe_model
+from penstock.models import ModelDescription, check_sites, describe_model, processing_of
 from penstock.pareto import Band, mark_front, sae_key
 from penstock.plan import absolute
 from penstock.resolved import ResolvedSweep, protocol_of
@@ -37,12 +37,6 @@ if TYPE_CHECKING:
 
 REPORT_TOKENS = 50_000  # unless asked for otherwise
 OWN_MEAN = "the first block of the evaluated rows"
-_PROCESSING = {  # by what SAELens has a HookedTransformer do to weights that are otherwise left as they are
-    frozenset(): "none",
-    frozenset({"fold_ln"}): "fold_ln",
-    frozenset({"center_writing_weights"}): "center",
-    frozenset({"fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"}): "fold_ln_center",
-}
 
 
 @dataclass(frozen=True)
@@ -234,15 +228,13 @@ def _agreed(loaded: Sequence[Folder], name: str, option: str | None = None) -> A
 
 
 def _processing_of(loaded: Sequence[Folder]) -> str:
-    own = _agreed(loaded, "model_processing", "--processing")
-    arguments = _agreed(loaded, "model_from_pretrained_kwargs", "--processing") or {}
-    wanted = frozenset(name for name, value in arguments.items() if value is True)
-    if own is None and wanted not in _PROCESSING:
-        raise CheckpointError(
-            f"{loaded[0].path}: metadata.model_from_pretrained_kwargs has {', '.join(sorted(wanted))}, together no "
-            f"processing that is known here; accepted: --processing {', '.join(_PROCESSING.values())}"
-        )
-    return str(own or _PROCESSING[wanted])
+    about = {
+        name: _agreed(loaded, name, "--processing") for name in ("model_processing", "model_from_pretrained_kwargs")
+    }
+    try:
+        return processing_of(about) or "none"
+    except CheckpointError as error:
+        raise CheckpointError(f"{loaded[0].path}: {error} (--processing)") from None
 
 
 # ---- beside a sweep -------------------------------------------------------------------------------------------------

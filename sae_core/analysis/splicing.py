@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from math import isnan
 from typing import Any
 from weakref import WeakSet
 
@@ -43,7 +44,7 @@ HOOKS = (
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
 _STREAM = re.compile(r"(blocks\.\d+\.)?(hook_(resid_(pre|mid|post)|attn_out|mlp_out|embed))")
 _CHECKED: "WeakSet[SAE]" = WeakSet()  # SAEs from elsewhere that have been tried on activations
-_TOKENS_TO_CHECK = 8
+_TOKENS_TO_CHECK = 1024
 
 
 def with_saes(model: Any) -> Any:
@@ -641,10 +642,9 @@ def _of_elsewhere(sae: SAE) -> bool:
 @torch.no_grad()
 def _check_once(sae: SAE, x: Tensor, target: Tensor | None) -> None:
     """Warn of an SAE that reconstructs nothing of the first activations that it is shown."""
-    flat = x.reshape(-1, sae.d_in)
-    if len(flat) < _TOKENS_TO_CHECK:
-        return
     from sae_core.pretrained import warn_if_absurd
 
-    _CHECKED.add(sae)
-    warn_if_absurd(sae, flat, None if target is None else target.reshape(-1, sae.d_out).to(flat))
+    x = x.reshape(-1, sae.d_in)[:_TOKENS_TO_CHECK]
+    target = None if target is None else target.reshape(-1, sae.d_out)[:_TOKENS_TO_CHECK].to(x)
+    if not isnan(warn_if_absurd(sae, x, target)):
+        _CHECKED.add(sae)
