@@ -35,6 +35,8 @@ _ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
 _UI_STOP_SECONDS = 5
 _UI_VIEWS = 5
+# By which a folder of an SAE is known that has no cfg.json.
+_OTHER_FORMATS = ("params.npz", "ae.pt", "sae.safetensors", "config.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +147,39 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--hook-point", metavar="H", help="folders: at this one (READS -> WRITES for transcoders)")
     evaluate.add_argument("--beside", metavar="SWEEP", help="folders: by this sweep's protocol, on one front with it")
     evaluate.add_argument("--json", action="store_true", help="print one object: the protocol, SAEs and baselines")
+
+    features = command("features", _features, "make dashboards of what an SAE's latents fire on and write")
+    features.add_argument(
+        "what", metavar="WHAT", help="a sweep's name or id; or a folder: of an SAE, or of features made earlier"
+    )
+    which = features.add_mutually_exclusive_group()
+    which.add_argument("--sae", metavar="ID", help="a sweep: this SAE, an id or its beginning, ID[WIDTH] for a prefix")
+    which.add_argument(
+        "--hook-point", metavar="H",
+        help="a sweep: the best SAE of this hook point, and not of each; an SAE folder: at this one",
+    )  # fmt: skip
+    features.add_argument("--architecture", metavar="A", help="a sweep: only this architecture")
+    _add_band(features, "a sweep: pick from this band of L0 (else the spec's)")
+    features.add_argument(
+        "--tokens", metavar="N", type=_tokens, help="look at so many tokens of the report split (50k, 10M); 500k"
+    )
+    features.add_argument("--dataset", metavar="D", help="of documents of this dataset (demo, a path, a hub name)")
+    features.add_argument("--text-column", metavar="C", help="its column of texts, where it is not `text`")
+    features.add_argument("--context", metavar="N", type=_count, help="in rows of so many tokens")
+    features.add_argument("--model", metavar="M", help="an SAE folder: this model, and not what its cfg.json says")
+    features.add_argument(
+        "--processing", choices=("none", "fold_ln", "center", "fold_ln_center"),
+        help="an SAE folder: of the model's weights",
+    )  # fmt: skip
+    features.add_argument("--workers", metavar="N", type=_count, help="so many model hosts; 1: in this process, no Ray")
+    features.add_argument("--gpus-per-worker", metavar="G", type=_amount, help="of each (else the spec's; a share is)")
+    features.add_argument("--address", metavar="A", help="a running Ray cluster (auto, HOST:PORT)")
+    features.add_argument("--memory", metavar="GB", type=_amount, help="keep at most this much at once, in passes; 2")
+    features.add_argument("--to", metavar="DIR", help="a new or empty folder (else one in the home)")
+    features.add_argument("--page", metavar="FILE.html", help="write a self-contained page to look at them")
+    features.add_argument("--serve", action="store_true", help="show them on this machine until Ctrl-C")
+    features.add_argument("--port", metavar="N", type=int, help="the port of --serve; a free one unless given")
+    features.add_argument("--neuronpedia", metavar="DIR", help="export them in the JSON that Neuronpedia imports")
 
     pull = command("pull", _pull, "fetch the SAE with the highest CE recovered at a hook point, or one by its id")
     pull.add_argument(
@@ -370,6 +405,97 @@ def _evaluate(arguments: argparse.Namespace, home: Home) -> int:
         _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
         found = evaluate_sweep(home, names[0], asked, arguments.address)
     print(found.as_json() if arguments.json else found.as_text())
+    return 0
+
+
+def _features(arguments: argparse.Namespace, home: Home) -> int:
+    from sae_core.analysis.feature_files import is_features, read_features
+
+    name = arguments.what
+    _check_shown(arguments)
+    ours = ["sae", "architecture", "l0"]
+    making = ["hook_point", "tokens", "dataset", "text_column", "context", "model", "processing", "workers",
+              "gpus_per_worker", "address", "memory", "to"]  # fmt: skip
+    if is_features(name) and not (Path(name) / "cfg.json").exists():
+        _refuse(arguments, f"features {name!r}, which are made already", "a sweep or an SAE folder", [*ours, *making])
+        read_features(name)
+        folders = [Path(name)]
+    else:
+        folders = _make_features(arguments, home, ours)
+    return _show_features(arguments, folders)
+
+
+def _check_shown(arguments: argparse.Namespace) -> None:
+    """Refuse, before anything is computed, what could not be written or served afterwards."""
+    page, to = arguments.page, arguments.neuronpedia
+    if page is not None and (not page.endswith(".html") or Path(page).is_dir()
+                             or not Path(page).absolute().parent.is_dir()):  # fmt: skip
+        raise SweepError(f"--page {page!r}: accepted is an .html file in a folder that is there")
+    if to is not None and Path(to).is_file():
+        raise SweepError(f"--neuronpedia {to!r} is a file; accepted: a new or empty folder")
+    if arguments.port is not None and not arguments.serve:
+        raise SweepError(f"--port {arguments.port}: accepted with --serve alone")
+    if arguments.serve:
+        _free_port(arguments.port or 0)
+
+
+def _make_features(arguments: argparse.Namespace, home: Home, ours: Sequence[str]) -> list[Path]:
+    from penstock.evaluate import Asked
+    from penstock.features import BUDGET_GB, Which, Workers, features_of_folder, features_of_sweep
+
+    name, to = arguments.what, None if arguments.to is None else Path(arguments.to)
+    home.check_writable()
+    is_folder = _is_sae_folder(name) or any((Path(name) / file).exists() for file in _OTHER_FORMATS)
+    if is_folder:
+        _refuse(arguments, "an SAE folder", "a sweep", ours)
+    else:
+        home.check_tracking()
+        _refuse(arguments, f"sweep {name!r}", "an SAE folder", ["model", "processing"])
+        if arguments.sae is not None:
+            _refuse(arguments, f"--sae {arguments.sae!r}, which is one SAE", "a hook point", ["architecture", "l0"])
+    _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+    asked = Asked(arguments.dataset, arguments.text_column, arguments.tokens, arguments.context)
+    how = {
+        "workers": Workers(arguments.workers, arguments.address, arguments.gpus_per_worker),
+        "to": to,
+        "budget_gb": BUDGET_GB if arguments.memory is None else arguments.memory,
+    }
+    if is_folder:
+        given = {"model": arguments.model, "processing": arguments.processing, "hook_point": arguments.hook_point}
+        return [features_of_folder(home, name, asked, **given, **how)]
+    which = Which(arguments.sae, arguments.hook_point, arguments.architecture, arguments.l0)
+    several = [f"--{option}" for option in ("page", "serve", "neuronpedia") if getattr(arguments, option)]
+    if several and which.sae is None and which.hook_point is None:
+        raise SweepError(f"{', '.join(several)} is of one SAE, and sweep {name!r} has the best of each hook point; "
+                         "accepted: with --hook-point or --sae, or afterwards with one of the folders")  # fmt: skip
+    return features_of_sweep(home, name, which, asked, **how)
+
+
+def _show_features(arguments: argparse.Namespace, folders: Sequence[Path]) -> int:
+    """Write, export and serve what is asked for; say how to, where nothing is."""
+    from penstock.features import describe
+    from sae_core.analysis.feature_files import read_features
+
+    for folder in folders:
+        print(f"{folder}: {describe(read_features(folder))}", flush=True)
+    if arguments.page is not None:
+        from penstock_dashboards.features import write_page
+
+        print(f"page: {write_page(folders[0], Path(arguments.page))}", flush=True)
+    if arguments.neuronpedia is not None:
+        from penstock_dashboards.neuronpedia import export
+
+        print(f"for Neuronpedia: {export(folders[0], Path(arguments.neuronpedia))}", flush=True)
+    if arguments.serve:
+        from penstock.feature_server import serve
+
+        port = _free_port(arguments.port or 0)
+        with _terminated_as_interrupt():
+            serve(folders[0], port)
+    elif arguments.page is None and arguments.neuronpedia is None:
+        for folder in folders:
+            print(f"look at them: penstock features {folder} --serve\n"
+                  f"or as a file: penstock features {folder} --page {folder.name}.html")  # fmt: skip
     return 0
 
 

@@ -85,6 +85,19 @@ class Tokenizer:
         flat = np.fromiter((token for part in ids for token in part), dtype=np.int32, count=int(lengths.sum()))
         return flat, lengths
 
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token as it is decoded alone; of vocabularies that write a space as ▁, with the space that decoding
+        drops at the beginning of a text. An id that is no token is given in angle brackets."""
+        backend, found = _backend(self.json), []
+        for token_id in ids:
+            token, text = backend.id_to_token(token_id), backend.decode([token_id], skip_special_tokens=False)
+            if token is None:
+                text = f"<{token_id}>"
+            elif token.startswith("▁") and not text.startswith(" "):
+                text = f" {text}"
+            found.append(text)
+        return found
+
 
 _backends: dict[str, Any] = {}
 
