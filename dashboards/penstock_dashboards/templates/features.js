@@ -16,22 +16,23 @@ const percent = share => share === 0 ? "0%" : share < 1e-6 ? `${(100 * share).to
 const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\u00a0\u3164]/u;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/g;
 const LETTERS = /\p{L}/gu;
+const SHAPES = { "\n": "↵", "\r": "␍", "\t": "⇥" };
+const LONG_BLANK = 4;
 
-/** A token's text as nodes: what has no shape of its own is given one. `lines`: a newline ends the line, too. */
+/** A token's text as nodes: what has no shape of its own is given one. `lines`: as it is laid out, so a newline ends the
+    line, too; else a long blank is told by its length. */
 function shapes(given, lines = false) {
   if (given === "") return [element("i", {}, "∅")];
   const blank = given.trim() === "";
   if (!blank && !UNSEEN.test(given)) return [given];
   const found = [];
-  for (const character of given) {
-    const shape = character === "\n" ? "↵" : character === "\r" ? "␍" : character === "\t" ? "⇥" : character === " " && blank ? "·"
-      : UNSEEN.test(character) ? `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}` : null;
-    if (shape === null && typeof found.at(-1) === "string") found[found.length - 1] += character;
-    else if (shape === null) found.push(character);
-    else if (shape === "·" && found.at(-1)?.textContent?.endsWith("·")) found.at(-1).append(shape);
-    else found.push(element("i", {}, shape));
-    if (character === "\n" && lines) found.push("\n");
-  }
+  for (const part of blank ? given.split(/( +)/).filter(Boolean) : [given])
+    if (blank && part[0] === " ") found.push(element("i", {}, part.length > LONG_BLANK && !lines ? `·×${part.length}` : "·".repeat(part.length)));
+    else for (const character of part) {
+      const shape = SHAPES[character] ?? (UNSEEN.test(character) ? `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}` : null);
+      if (shape !== null) found.push(element("i", {}, shape), character === "\n" && lines ? "\n" : "");
+      else found.push(character);
+    }
   return found;
 }
 
@@ -171,7 +172,7 @@ function search() {
   if (!asked) return null;
   const rows = LATENTS.latent.length, { texts, begin, from, to, lower } = near();
   const made = { score: new Float32Array(rows), peaks: new Uint16Array(rows), around: new Uint16Array(rows),
-                 top: new Int16Array(rows).fill(-1), bottom: new Int16Array(rows).fill(-1), number: null };
+                 shown: new Int32Array(rows).fill(-1), top: new Int16Array(rows).fill(-1), bottom: new Int16Array(rows).fill(-1), number: null };
   const fits = asked.exact ? TEXTS.map(one => one === asked.text) : lower.map(one => one.includes(asked.text));
   const any = fits.includes(true);
   const inside = name => STATE.where === "all" || STATE.where === name;
@@ -187,8 +188,15 @@ function search() {
       const last = nearStarts[row + 1];
       let example = nearStarts[row], counted = -1, peaked = -1;
       const hit = (which, atPeak) => {
-        if (which !== counted) { made.around[row]++; counted = which; }
-        if (atPeak && which !== peaked) { made.peaks[row]++; peaked = which; }
+        if (STATE.where === "peak" && !atPeak) return;
+        if (which !== counted) {
+          if (!made.around[row]++) made.shown[row] = which;
+          counted = which;
+        }
+        if (atPeak && which !== peaked) {
+          if (!made.peaks[row]++) made.shown[row] = which;
+          peaked = which;
+        }
       };
       if (asked.exact) {
         if (any) for (; example < last; example++)
@@ -201,7 +209,6 @@ function search() {
           hit(example, at < to[example] && at + size > from[example]);
         }
       }
-      if (STATE.where === "peak") made.around[row] = made.peaks[row];
     }
     const count = Math.max(1, LATENTS.near_counts[row]);
     made.score[row] = 100 * made.peaks[row] / count + 20 * made.around[row] / count
@@ -217,12 +224,12 @@ function search() {
 
 /** Why a row was found, in a few words. */
 function why(row) {
-  const count = LATENTS.near_counts[row];
+  const count = LATENTS.near_counts[row], { topStarts, bottomStarts, top_tokens, bottom_tokens } = LATENTS;
   if (found.number === row) return "this number";
   if (found.peaks[row]) return `peak in ${found.peaks[row]} of ${count}`;
-  if (found.top[row] >= 0) return "promoted";
+  if (found.top[row] >= 0) return ["promotes ", spoken(top_tokens[topStarts[row] + found.top[row]])];
   if (found.around[row]) return `nearby in ${found.around[row]} of ${count}`;
-  return found.bottom[row] >= 0 ? "suppressed" : "";
+  return ["suppresses ", spoken(bottom_tokens[bottomStarts[row] + found.bottom[row]])];
 }
 
 // ---- the list -------------------------------------------------------------------------------------------------------
@@ -285,12 +292,12 @@ function drawRows() {
 }
 
 function option(place) {
-  const row = ORDER[place], fired = LATENTS.fired[row] > 0, reason = found ? why(row) : "";
+  const row = ORDER[place], fired = LATENTS.fired[row] > 0, reason = found ? why(row) : null;
   const made = element("div", { className: "option", role: "option", id: `option-${LATENTS.latent[row]}` },
     element("p", { className: "top" }, element("b", {}, String(LATENTS.latent[row])),
       reason ? element("span", { className: "why" }, reason) : null,
       element("span", { className: "soft figures-of" }, fired ? `${percent(LATENTS.firing_rate[row])} · max ${figure(LATENTS.max_activation[row])}` : "never fired")),
-    element("p", { className: "snippet" }, snippet(row)));
+    element("p", { className: "snippet" }, snippet(row, found ? found.shown[row] : -1)));
   made.setAttribute("aria-setsize", ORDER.length);
   made.setAttribute("aria-posinset", place + 1);
   made.style.top = `${place * ROW}px`;
@@ -298,10 +305,10 @@ function option(place) {
   return made;
 }
 
-/** The tokens around the peak of a latent's first example; of one that has none, what it promotes. */
-function snippet(row) {
-  const example = LATENTS.nearStarts[row];
-  if (example === LATENTS.nearStarts[row + 1]) {
+/** The tokens around the peak of an example, a latent's first one unless told; of one that has none, what it promotes. */
+function snippet(row, shown = -1) {
+  const example = shown >= 0 ? shown : LATENTS.nearStarts[row];
+  if (LATENTS.nearStarts[row] === LATENTS.nearStarts[row + 1]) {
     const promoted = [...LATENTS.top_tokens.subarray(LATENTS.topStarts[row], LATENTS.topStarts[row + 1])].slice(0, 4);
     return promoted.length ? ["promotes ", ...promoted.flatMap(token => [spoken(token), " "])] : ["–"];
   }
@@ -384,7 +391,7 @@ function setPanel(name, content) {
 
 function panelHead(row) {
   const latent = LATENTS.latent[row];
-  const back = element("button", { type: "button", className: "quiet back" }, "← Latents");
+  const back = element("button", { type: "button", className: "quiet back", ariaLabel: "Back to the list of latents" }, "←");
   back.addEventListener("click", leave);
   const [before, after] = [["‹", "Previous latent of the list", -1], ["›", "Next latent of the list", 1]].map(([shape, name, by]) => {
     const made = element("button", { type: "button", className: "quiet", ariaLabel: name, title: name }, shape);
@@ -403,8 +410,10 @@ function panelHead(row) {
   });
   const there = DATA.neuronpedia && element("a", { className: "quiet", target: "_blank", rel: "noopener noreferrer",
     href: `https://www.neuronpedia.org/${DATA.neuronpedia}/${latent}` }, "Neuronpedia ↗");
+  const whole = element("button", { type: "button", className: "quiet whole" }, "Overview");
+  whole.addEventListener("click", () => show(null, { push: true }));
   return element("div", { className: "panel-head" }, back, element("h2", {}, `Latent ${latent}`),
-    element("div", { className: "actions" }, there || null, link, before, after));
+    element("div", { className: "actions" }, there || null, whole, link, before, after));
 }
 
 function leave() {
@@ -427,13 +436,13 @@ function latentCard(row, chunk) {
       pair("Peak tokens agree", [percent(LATENTS.agreement[row]), element("small", {}, ["on ", spoken(commonPeak(row))])],
         "Share of the top examples whose peak is the commonest peak token"),
     ] : []));
-  return [panelHead(row), facts,
+  return [panelHead(row), facts, element("div", { className: "card-parts" },
     element("div", { className: "sides" },
       logitTable("Promoted tokens", "top", row, within, chunk),
       logitTable("Suppressed tokens", "bottom", row, within, chunk),
       element("section", {}, fired ? histogram(row, within, chunk) : element("p", { className: "soft" }, "It never fired on these tokens."),
         neighbours(within, chunk))),
-    ...(fired ? examples(row, within, chunk) : []), steering(row)];
+    ...(fired ? examples(row, within, chunk) : []), steering(row))];
 }
 
 function commonPeak(row) {
@@ -443,15 +452,18 @@ function commonPeak(row) {
   return [...seen].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 0;
 }
 
+function logits(side, row, within, chunk) {
+  const offsets = side === "top" ? LATENTS.topStarts : LATENTS.bottomStarts, first = offsets[row - within];
+  return [LATENTS[`${side}_tokens`].subarray(offsets[row], offsets[row + 1]),
+    chunk[`${side}_logits`].subarray(offsets[row] - first, offsets[row + 1] - first)];
+}
+
 function logitTable(title, side, row, within, chunk) {
-  const offsets = side === "top" ? LATENTS.topStarts : LATENTS.bottomStarts;
-  const tokens = LATENTS[`${side}_tokens`].subarray(offsets[row], offsets[row + 1]);
-  const values = chunk[`${side}_logits`].subarray(offsets[row] - offsets[row - within], offsets[row + 1] - offsets[row - within]);
-  const most = Math.max(...chunk.top_logits.map(Math.abs), ...chunk.bottom_logits.map(Math.abs), 1e-9);
-  const scale = Math.max(...[...values].map(Math.abs), 1e-9) || most;
+  const [tokens, values] = logits(side, row, within, chunk);
+  const most = Math.max(...["top", "bottom"].flatMap(one => [...logits(one, row, within, chunk)[1]]).map(Math.abs), 1e-9);
   const lines = [...tokens].map((token, i) => {
     const bar = element("span", { className: "logit-bar" });
-    bar.style.width = `${Math.abs(values[i]) / scale * 100}%`;
+    bar.style.width = `${Math.abs(values[i]) / most * 100}%`;
     return element("tr", {}, element("th", { scope: "row", title: quoted(token) }, spoken(token)),
       element("td", {}, element("span", { className: `logit ${side}`, ariaHidden: "true" }, bar)),
       element("td", { className: "number" }, signed(values[i])));
@@ -477,7 +489,7 @@ function histogram(row, within, chunk) {
     bars.push(drawn("rect", { x: (bin - first) * each + 0.5, width: Math.max(1, each - 1), y: height - tall(counts[bin]), height: tall(counts[bin]) },
       drawn("title", {}, `${number(counts[bin])} tokens from ${figure(bins[bin])} to ${figure(bins[bin + 1])}`)));
   return element("figure", { className: "histogram" }, element("figcaption", { id: "histogram-title" }, element("h3", {}, "Activations"),
-    element("span", { className: "soft" }, "tokens, log scale")),
+    element("span", { className: "soft" }, "tokens; both axes log")),
     drawn("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img",
       "aria-label": `Histogram of activations from ${figure(bins[first])} to ${figure(bins[last])}; the fullest bin has ${number(most)} tokens` }, bars),
     element("p", { className: "ends soft" }, element("span", {}, figure(bins[first])), element("span", {}, figure(bins[last]))));
@@ -501,11 +513,14 @@ function neighbours(within, chunk) {
 }
 
 function steering(row) {
-  const strength = figure(LATENTS.max_activation[row] || 1).replace(/,/g, ""), folder = DATA.sae.folder || "sae";
-  const code = `import penstock\nfrom sae_core import SAE\nfrom sae_core.analysis import Add, steer\n\nsae = SAE.load(${JSON.stringify(folder)})\n`
-    + `model = penstock.load_model(sae=sae)\n`
+  const strength = +LATENTS.max_activation[row].toPrecision(3) || 1, { folder, sweep, id } = DATA.sae;
+  const path = folder || (id ? `sae-${String(id).replace(/[^\w.-]+/g, "-").replace(/-$/, "")}` : "sae");
+  const pulled = !folder && sweep && id ? `# penstock pull ${sweep} --sae ${id} --to ${path}\n` : "";
+  const code = `${pulled}import penstock\nfrom sae_core import SAE\nfrom sae_core.analysis import Add, steer\n\n`
+    + `sae = SAE.load(${JSON.stringify(path)})\nmodel = penstock.load_model(sae=sae)\n`
     + `print(steer(model, sae, "a prompt", [Add(${LATENTS.latent[row]}, ${strength})], max_new_tokens=40).side_by_side())`;
-  return element("section", { "aria-labelledby": "steer-title" }, element("h3", { id: "steer-title" }, "Steer with it"), copyable(code, "the code that steers with this latent"));
+  return element("section", { "aria-labelledby": "steer-title" }, element("h3", { id: "steer-title" }, "Steer with it"),
+    copyable(code, "the code that steers with this latent"));
 }
 
 // ---- examples -------------------------------------------------------------------------------------------------------
@@ -630,11 +645,14 @@ function rates() {
   const bars = [...bins].map((count, i) => drawn("rect", { x: i * each + 0.5, width: each - 1, y: height - (count ? Math.max(2, height * count / most) : 0), height: count ? Math.max(2, height * count / most) : 0 },
     drawn("title", {}, `${number(count)} latents fire on ${percent(10 ** (first + i / 4))} to ${percent(10 ** (first + (i + 1) / 4))} of the tokens`)));
   const ticks = [];
-  for (let decade = first; decade <= 0; decade++) ticks.push(element("span", {}, percent(10 ** decade)));
+  for (let decade = first; decade <= 0; decade++) {
+    ticks.push(element("span", {}, percent(10 ** decade)));
+    ticks.at(-1).style.left = `${100 * (decade - first) / -(first || -1)}%`;
+  }
   return element("figure", { className: "histogram wide" }, element("figcaption", {}, element("h3", {}, "How often its latents fire"),
     element("span", { className: "soft" }, `latents, the fullest bar ${number(most)}`)),
     drawn("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `Histogram of firing rates from ${percent(10 ** first)} to 100%` }, bars),
-    element("p", { className: "ends soft" }, ticks));
+    element("p", { className: "ticks soft" }, ticks));
 }
 
 // ---- what the reader does -------------------------------------------------------------------------------------------
