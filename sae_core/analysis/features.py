@@ -59,6 +59,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 _LEAST_PENDING = 1 << 14  # candidates to wait for before the best are picked again
 _LATENTS_A_GROUP = 64  # of a row group of examples.parquet: what is read to show one of them
 _ROWS_AT_ONCE = 4096  # whose tokens are looked up together
+_CPU_ENTRIES, _DEVICE_ENTRIES = 1 << 22, 1 << 27  # of a matrix at a time: what a CPU's cache takes, half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class FeatureSettings:
     def bytes_per_latent(self) -> int:
         """What a latent takes at most, twice over while the best are picked: examples, sums, histogram."""
         example = 4 * self.window + 4 + 4 + 8 + 8 + 4
-        return 2 * (self.top + self.sample) * example + 8 * (len(BINS) - 1) + 16
+        return 2 * (self.top + self.sample) * example + 8 * (len(BINS) - 1) + 20
 
 
 def latent_groups(d_sae: int, settings: FeatureSettings, budget_bytes: int) -> list[range]:
@@ -179,12 +180,14 @@ class Best:
 
 @dataclass
 class Totals:
-    """Sums over tokens. Of a group of L latents: fired int64 [L], total float64 [L], histogram int64 [L, bins]; of the
-    reconstruction, where asked for: squared error and square of the target, its sum [d_out], all float64."""
+    """Sums over tokens. Of a group of L latents: fired int64 [L], total float64 [L], greatest float32 [L], histogram
+    int64 [L, bins]; of the reconstruction, where asked for: squared error and square of the target, its sum [d_out],
+    all float64."""
 
     n_tokens: int
     fired: np.ndarray
     total: np.ndarray
+    greatest: np.ndarray
     histogram: np.ndarray
     squared_error: float = 0.0
     square: float = 0.0
@@ -192,14 +195,15 @@ class Totals:
 
     @staticmethod
     def zeros(n_latents: int) -> "Totals":
-        counts = np.zeros(n_latents, np.int64), np.zeros(n_latents), np.zeros((n_latents, len(BINS) - 1), np.int64)
-        return Totals(0, *counts)
+        fired, histogram = np.zeros(n_latents, np.int64), np.zeros((n_latents, len(BINS) - 1), np.int64)
+        return Totals(0, fired, np.zeros(n_latents), np.zeros(n_latents, np.float32), histogram)
 
     def add(self, other: "Totals") -> None:
         """Add another's to these; the order of float sums is that of the calls."""
         self.n_tokens += other.n_tokens
         self.fired += other.fired
         self.total += other.total
+        np.maximum(self.greatest, other.greatest, out=self.greatest)
         self.histogram += other.histogram
         self.squared_error += other.squared_error
         self.square += other.square
@@ -262,8 +266,10 @@ class FeaturePass:
         token, latent = where // n_latents, where % n_latents
         self.totals.n_tokens += n_tokens
         self._add_sums(f, latent, values)
+        peaks = f.amax(1).clamp_min_(0)
+        np.maximum(self.totals.greatest, peaks.amax(0).cpu().numpy(), out=self.totals.greatest)
         if self.top.size:
-            self._add_peaks(f, first_row)
+            self._add_peaks(f, peaks, first_row)
         if self.sample.size:
             self._add_sample(f, first_row, token, latent, values)
 
@@ -293,8 +299,7 @@ class FeaturePass:
         self.totals.fired += histogram.sum(1)
         self.totals.total += total.cpu().numpy()
 
-    def _add_peaks(self, f: Tensor, first_row: int) -> None:
-        peaks = f.amax(1)
+    def _add_peaks(self, f: Tensor, peaks: Tensor, first_row: int) -> None:
         worst = _activation_of(torch.from_numpy(self.top.limit).to(f.device))
         places = torch.arange(self.context_size, device=f.device)
         step = max(1, (1 << 22) // self.context_size)  # peaks whose whole rows are looked through at a time
@@ -394,6 +399,10 @@ class MergedFeatures:
         return self._sample.examples()
 
 
+def _entries(device: torch.device) -> int:
+    return _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
+
+
 # ---- running an SAE -------------------------------------------------------------------------------------------------
 
 
@@ -410,7 +419,7 @@ def add_rows(
     """
     device = sae.W_dec.device
     context = x.shape[1]
-    entries = 1 << 22 if device.type == "cpu" else 1 << 27
+    entries = _entries(device)
     rows_at_once = max(1, entries // (context * sae.d_sae))
     tokens_at_once = max(1, entries // sae.d_sae) if rows_at_once == 1 else rows_at_once * context
     for start in range(0, len(x), rows_at_once):
@@ -465,7 +474,7 @@ def latent_logits(model: nn.Module, hook_point: str, rows: Tensor, n: int) -> La
     gain, is_centred = final_norm(model)
     unembedding = model.unembed.W_U.detach().float()
     n = min(n, unembedding.shape[1])
-    at_once = max(1, (1 << 22 if unembedding.device.type == "cpu" else 1 << 27) // unembedding.shape[1])
+    at_once = max(1, _entries(unembedding.device) // unembedding.shape[1])
     found: list[list[np.ndarray]] = [[], [], [], []]
     for part in direction.split(at_once):
         part = part - part.mean(1, keepdim=True) if is_centred else part
@@ -521,7 +530,7 @@ def decoder_neighbours(W_dec: Tensor, n: int, latents: range | None = None) -> t
     n = min(n, len(W_dec) - 1)
     W = W_dec.detach().float()
     W = W / W.norm(dim=1, keepdim=True).clamp_min(_TINY)
-    at_once = max(1, (1 << 22 if W.device.type == "cpu" else 1 << 27) // len(W))
+    at_once = max(1, _entries(W.device) // len(W))
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(latents.start, latents.stop, at_once):
         rows = torch.arange(start, min(start + at_once, latents.stop), device=W.device)
@@ -543,10 +552,7 @@ def latents_table(
     merged: MergedFeatures, latents: range, logits: LatentLogits | None, neighbours: tuple[np.ndarray, np.ndarray]
 ) -> pa.Table:
     """The rows of latents.parquet for a group of latents; logits and neighbours are those of the group."""
-    totals, top = merged.totals, merged.top
-    strongest = np.zeros(len(latents), np.float32)
-    source = top if len(top) else merged.sample
-    np.maximum.at(strongest, source.latent, source.activation)
+    totals = merged.totals
     with np.errstate(invalid="ignore"):
         mean = totals.total / totals.fired
     empty = [pa.array([[]] * len(latents), LATENT_SCHEMA.field(name).type) for name in
@@ -555,7 +561,7 @@ def latents_table(
         pa.array(np.arange(latents.start, latents.stop, dtype=np.int32)),
         pa.array(totals.fired),
         pa.array(totals.fired / max(totals.n_tokens, 1)),
-        pa.array(strongest),
+        pa.array(totals.greatest),
         pa.array(mean.astype(np.float32), mask=totals.fired == 0),
         _lists(totals.histogram),
         *(empty if logits is None else [_lists(getattr(logits, name)) for name in
@@ -598,7 +604,7 @@ def _quantile_groups(sample: Examples, settings: FeatureSettings) -> tuple[np.nd
     """
     groups, ranks, chosen = [], [], []
     starts = np.flatnonzero(np.diff(sample.latent, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(sample)], strict=True):
+    for start, stop in zip(starts, np.append(starts[1:], len(sample))[: len(starts)], strict=True):
         size = stop - start
         by_strength = start + np.lexsort((np.arange(size), sample.activation[start:stop]))
         group_of = np.empty(size, np.int64)
