@@ -82,11 +82,20 @@ def save_sae(sae: SAE, folder: str | Path, *, sparsity: Tensor | None = None) ->
 
 
 def load_sae(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    norm_scaling_factor: float | None = None,
 ) -> SAE:
-    """The SAE in `folder`, in `dtype` or in the one that it was saved in."""
+    """The SAE in `folder`, in `dtype` or in the one that it was saved in.
+
+    overrides: fields that replace those of its cfg.json, and norm_scaling_factor: what activations are multiplied by
+    that it was trained on, where they are normalised by their mean norm: for a folder that does not say it itself.
+    """
     folder = Path(folder)
-    raw, form = _read_config(folder)
+    raw, form = _read_config(folder, overrides or {})
     path = folder / CONFIG
     target = _dtype(raw.get("dtype", "float32"), f"{path}: dtype") if dtype is None else _dtype(dtype, "dtype")
     cfg = _config(raw, form, path)
@@ -102,6 +111,11 @@ def load_sae(
     _check_tensors(tensors, shapes, folder / WEIGHTS)
     if factor is not None:  # old: of each latent's output, nearly always 1
         _check_tensors({"scaling_factor": factor}, {"scaling_factor": (cfg.d_sae,)}, folder / WEIGHTS)
+        if raw.get("finetuning_scaling_factor") is False and not torch.allclose(factor, torch.ones_like(factor)):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: scaling_factor is not 1, and finetuning_scaling_factor of {CONFIG} is false: "
+                "whether latents are multiplied by it is not known; accepted: finetuning_scaling_factor true, or 1"
+            )
         tensors["W_dec"] = tensors["W_dec"] * factor[:, None]
     unfolded = raw["normalize_activations"] in UNFOLDED
     if unfolded or form.batch_top_k:
@@ -110,7 +124,7 @@ def load_sae(
         sae = sae_class(cfg, _with_threshold_per_latent(tensors, ranked) if form.batch_top_k else tensors)
         sae = sae.replaced(rescale_acts_by_decoder_norm=False).unit_rows() if ranked else sae
         if unfolded:
-            sae = _folded(sae, raw["normalize_activations"], folder)
+            sae = _folded(sae, raw["normalize_activations"], folder, norm_scaling_factor)
             sae = sae.unit_rows() if ranked and raw["normalize_activations"] == "expected_average_only_in" else sae
         cfg, tensors = sae.cfg, dict(sae.named_parameters())
     return sae_class(cfg, {name: tensors[name].detach().to(device, target) for name in sae_class.shapes(cfg)})
@@ -135,9 +149,9 @@ def load_sparsity(folder: str | Path) -> Tensor | None:
 # ---- the configuration ----
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], Form]:
+def _read_config(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Form]:
     """The configuration in `folder` in today's form, and what its architecture is here."""
-    raw = _read_json(folder, CONFIG)
+    raw = {**_read_json(folder, CONFIG), **overrides}
     path = folder / CONFIG
     if not isinstance(raw.get("metadata"), dict | None):
         raise CheckpointError(f"{path}: metadata is {raw['metadata']!r}; accepted is an object")
@@ -168,6 +182,7 @@ def _from_flat(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(normalize, bool):  # older still
         new["normalize_activations"] = "expected_average_only_in" if normalize else "none"
     metadata = {FLAT_NAMES.get(key, key): value for key, value in raw.items() if key not in FLAT_WEIGHT_KEYS}
+    metadata.setdefault("prepend_bos", True)  # which the oldest did without saying so
     new.setdefault("reshape_activations", "hook_z" if "hook_z" in str(metadata.get("hook_name")) else "none")
     return {**new, "metadata": metadata}
 
@@ -278,9 +293,11 @@ def _with_threshold_per_latent(tensors: Mapping[str, Tensor], ranked: bool) -> d
     return {**weights, "threshold": tensors["topk_threshold"] / norms}
 
 
-def _folded(sae: SAE, mode: str, folder: Path) -> SAE:
+def _folded(sae: SAE, mode: str, folder: Path, known_scale: float | None) -> SAE:
     """The function of raw activations that `sae` is of activations normalised as the folder's scaler files say."""
     path = folder / SCALER
+    if mode == "expected_average_only_in" and known_scale is not None and not os.path.lexists(path):
+        return sae.folded(known_scale, known_scale)
     if not os.path.lexists(path):
         raise CheckpointError(
             f"{folder / CONFIG}: normalize_activations is {mode!r} and {SCALER} is missing: the folder does not hold "

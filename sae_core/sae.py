@@ -9,7 +9,7 @@ the input. Transcoders: Dunefsky et al., arXiv 2406.11944; skip transcoders: Pau
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -62,6 +62,8 @@ class SAE(nn.Module, ABC):
     W_dec: Tensor
     b_dec: Tensor
     encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    # (cfg, sparsity) for unpacking, of an SAE that from_pretrained or from_hub returned
+    loaded: tuple[dict[str, Any], Tensor | None] | None = None
 
     def __init__(self, cfg: SAEConfig, weights: Mapping[str, Tensor]):
         super().__init__()
@@ -217,11 +219,69 @@ class SAE(nn.Module, ABC):
         return self.encoder_biases
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> "SAE":
-        """Load a folder that `save` or SAELens wrote. Raises CheckpointError, never reads a pickle."""
-        from sae_core.checkpoint import load_sae
+    def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> "SAE":
+        """Load the SAE in a folder, or one file, of any format that pretrained/formats reads, told by its files:
+        what `save` or SAELens wrote, Gemma Scope, Llama Scope, dictionary_learning, sparsify, OpenAI's, and others.
 
-        return load_sae(folder, device=device, dtype=dtype)
+        dtype: None is the one that it was saved in, for SAELens' format; float32 for the others. Raises CheckpointError
+        with what was seen and what is accepted. No code in a file is run: pickles are read by weights_only alone.
+        """
+        from sae_core.pretrained.loading import load
+
+        return load(path, device, dtype)
+
+    load_from_disk = load_from_pretrained = load  # SAELens' names for it, of today and before
+
+    @staticmethod
+    def from_pretrained(
+        release: str,
+        sae_id: str,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        force_download: bool = False,
+    ) -> "SAE":
+        """Load a published SAE by the names that SAELens' directory has; `sae_core.pretrained.releases()` lists them.
+
+        Returns the SAE. It can be unpacked, too: `sae, cfg, sparsity = SAE.from_pretrained(...)`, cfg a dictionary of
+        its fields and metadata, sparsity log10 firing rates [d_sae] or None. Its metadata say what it was trained on
+        and, in `source`, where it came from, with the commit.
+
+        dtype: None is float32. revision: branch, tag or commit; None is the main branch. Files come from the Hugging
+        Face hub, or, where that cannot be reached, from its cache. Raises UserError for an unknown name, with the
+        nearest ones, and for files that neither hub nor cache has; CheckpointError for what cannot be read.
+        """
+        from sae_core.pretrained.loading import from_pretrained
+
+        return from_pretrained(release, sae_id, device, dtype, revision=revision, force_download=force_download)
+
+    @staticmethod
+    def from_hub(
+        repo_id: str,
+        path: str = "",
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+    ) -> "SAE":
+        """Load the SAE at `path`, a folder or file, of any repository of the Hugging Face hub ("owner/repo") that is in
+        a known format (see `load`). Otherwise as `from_pretrained`."""
+        from sae_core.pretrained.loading import from_hub
+
+        return from_hub(repo_id, path, revision=revision, device=device, dtype=dtype)
+
+    def _unpacked(self) -> tuple[Any, ...]:
+        if self.loaded is None:
+            raise TypeError("only an SAE that SAE.from_pretrained or SAE.from_hub returned can be unpacked or indexed")
+        return (self, *self.loaded)
+
+    def __iter__(self) -> Iterator[Any]:
+        """(sae, cfg, sparsity) of one that `from_pretrained` or `from_hub` returned."""
+        return iter(self._unpacked())
+
+    def __getitem__(self, index: int) -> Any:
+        return self._unpacked()[index]
 
     def save(self, folder: str | Path, *, sparsity: Tensor | None = None) -> None:
         """Write SAELens' format: cfg.json (last, so that an interrupted save is seen), sae_weights.safetensors and,
