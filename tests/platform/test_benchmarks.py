@@ -181,3 +181,11 @@ def test_the_search_benchmark_prunes_fills_and_compares_hypervolumes(tmp_path):
     assert figures["SAEs trained to the end, opponent"]["value"] == 7
     assert 3 < figures["SAEs trained to the end, ours"]["value"] <= 6
     assert figures["SAE-tokens, ours"]["value"] < (1 + figures["SAEs trained to the end, ours"]["value"]) * 0.004096
+
+
+def test_the_features_benchmark_compares_with_harvesting_alone(tmp_path):
+    _, figures = quick_run("features", tmp_path, versions=("penstock", "torch"), OMP_NUM_THREADS="1")
+    for name in ("the features pass against harvesting", "with the reconstruction's error"):
+        assert figures[f"{name}, ours"]["value"] > 0 and figures[f"{name}, opponent"]["value"] > 0
+    assert figures["kept of each latent, ratio"]["value"] <= 1
+    assert 0 < figures["L0 of the SAE, ours"]["value"] < 256
