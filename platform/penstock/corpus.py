@@ -357,6 +357,28 @@ def _checked(value: Any, source: Source, place: str) -> Content:
     return ids.astype(np.int32)
 
 
+def columns_of(dataset: str) -> list[str]:
+    """The columns of a dataset, of its first file or row; none of the demo corpus, of text files, and of what cannot be
+    read: why not is said by whoever opens it."""
+    local = Path(dataset).expanduser()
+    if dataset == "demo":
+        return []
+    try:
+        if not local.exists():
+            import datasets
+
+            return list(next(iter(datasets.load_dataset(dataset, split="train", streaming=True)), {}))
+        files, kind = _files(Source(SourceSpec(dataset=dataset), "data"), local)
+        if kind == "parquet":
+            return list(pq.read_schema(files[0]).names)
+        if kind == "arrow":
+            return list(next(batch.schema.names for batch in _arrow_batches(files[0])))
+        row = next(_json_rows(files[0]), {}) if kind == "json" else {}
+        return list(row) if isinstance(row, dict) else []
+    except Exception:  # of whatever library reads it
+        return []
+
+
 # ---- the hub --------------------------------------------------------------------------------------------------------
 
 

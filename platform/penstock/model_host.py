@@ -30,13 +30,19 @@ class ModelHost:
 
     Args:
         device: `cuda` where there is one and otherwise `cpu`, unless given.
-        threads: torch's CPU threads; part of what makes results the same bit for bit.
+        threads: torch's CPU threads; part of what makes results the same bit for bit. None leaves them as they are.
+        loaded: the model that `model` describes, where it is loaded already; it stays on the device where it is.
     """
 
-    def __init__(self, model: ModelSpec, *, device: str | None = None, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
+    def __init__(
+        self, model: ModelSpec, *, device: str | None = None, threads: int | None = 1, loaded: Any = None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if loaded is not None:
+            device = str(next(loaded.parameters()).device)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(model, self.device)
+        self.model = load_model(model, self.device) if loaded is None else loaded
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self._dtype_name = model.dtype
         self.rows_per_forward = model.harvest_rows
