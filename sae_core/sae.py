@@ -8,24 +8,49 @@ A transcoder reads one hook point and reconstructs another: d_out may differ fro
 the input. Transcoders: Dunefsky et al., arXiv 2406.11944; skip transcoders: Paulo et al., arXiv 2501.18823.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from sae_core.errors import ConfigError
 from sae_core.kernels import Active, decode
 from sae_core.normalization import PER_TOKEN, TokenScaling, Whitening, scale_tokens
-from sae_core.settings import SAESettings
+from sae_core.settings import SAESettings, nearest
+
+# What may be absent from the metadata, and is None then; what else is asked for has to be there.
+_OPTIONAL = {
+    *("hook_name_out", "hook_head_index", "model_class_name", "model_from_pretrained_kwargs", "dataset_path"),
+    *("neuronpedia_id", "exclude_special_tokens", "seqpos_slice", "sae_lens_version", "sae_lens_training_version"),
+}
+# Entries of the metadata that scripts of SAELens' several ages ask the configuration for, by the names that they use.
+_OF_METADATA = {
+    "hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
+    **{name: name for name in ("model_name", "hook_name", "context_size", "prepend_bos", *sorted(_OPTIONAL))},
+}  # fmt: skip
+
+
+class Metadata(dict[str, Any]):
+    """Entries by name, `metadata["hook_name"]`, which can be read as attributes, too: `metadata.hook_name`. One that is
+    not there raises AttributeError, unless it is one of those that SAELens knows as optional: then it is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self or name in _OPTIONAL:
+            return self.get(name)
+        raise AttributeError(f"the SAE's metadata has no {name!r}{nearest(name, list(self))}; it has: "
+                             f"{', '.join(self) or 'nothing'}")  # fmt: skip
 
 
 class SAEConfig(BaseModel):
-    """What identifies a saved SAE. `metadata` is free: model, hook point, settings it was trained with.
+    """What identifies a saved SAE. `metadata` is free: model, hook point, settings it was trained with. What SAELens'
+    scripts ask of the configuration and the metadata knows is answered from there: `cfg.hook_name`, `cfg.hook_point`,
+    `cfg.hook_layer`, `cfg.model_name`, `cfg.context_size`, `cfg.prepend_bos`, ...
 
     d_out: width of what is reconstructed; None for an SAE, which reconstructs what it reads.
     normalize_activations: what is done to each token's activations before and undone after, see normalization.py.
@@ -45,11 +70,25 @@ class SAEConfig(BaseModel):
     reshape_activations: Literal["none", "hook_z"] = "none"
     k: int | float | None = None
     rescale_acts_by_decoder_norm: bool = False
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Annotated[dict[str, Any], AfterValidator(Metadata)] = Field(default_factory=Metadata)
 
     @property
     def is_transcoder(self) -> bool:
         return self.d_out is not None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "SAEConfig":
+        known = {"metadata": Metadata(update["metadata"])} if update and "metadata" in update else {}
+        return super().model_copy(update={**(update or {}), **known}, deep=deep)
+
+    if not TYPE_CHECKING:  # or every misspelt name would pass for one of these
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _OF_METADATA:
+                return getattr(self.metadata, _OF_METADATA[name])
+            if name in ("hook_layer", "hook_point_layer"):
+                found = re.match(r"blocks\.(\d+)\.", str(self.metadata.hook_name))
+                return int(found[1]) if found else None
+            return super().__getattr__(name)
 
 
 class SAE(nn.Module, ABC):
@@ -90,6 +129,14 @@ class SAE(nn.Module, ABC):
     @property
     def d_sae(self) -> int:
         return self.cfg.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
 
     # ---- in use ----
 
@@ -172,6 +219,17 @@ class SAE(nn.Module, ABC):
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
         weights = {"W_enc": (self.W_enc * norms).contiguous(), "W_dec": self.W_dec / norms[:, None]}
         return self.replaced(weights | {name: getattr(self, name) * norms for name in self.latent_scaled})
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """`unit_rows` in place, as SAELens' scripts call it. ConfigError where it would change the function: of top-k
+        SAEs that rank latents without the norms."""
+        if self.cfg.k is not None and not self.cfg.rescale_acts_by_decoder_norm:
+            norms = self.W_dec.norm(dim=1)
+            if not torch.allclose(norms, norms.mean().expand_as(norms), rtol=1e-4):
+                raise ConfigError("fold_W_dec_norm would change which latents this top-k SAE ranks highest")
+        for name, weight in self.unit_rows().named_parameters():
+            getattr(self, name).copy_(weight)
 
     @torch.no_grad()
     def folded(self, scale_in: float, scale_out: float) -> "SAE":
