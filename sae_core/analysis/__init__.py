@@ -13,9 +13,12 @@ _MODULES: dict[str, list[str]] = {
         "FeaturePass", "FeatureSettings", "MergedFeatures", "decoder_neighbours", "latent_groups", "latent_logits",
     ],
     "generation": [],
-    "neuronpedia": [],
+    "neuronpedia": [
+        "feature_url", "get_neuronpedia_quick_list", "neuronpedia_id", "open_neuronpedia_feature_dashboard",
+        "quick_list_url",
+    ],
     "splicing": ["SplicedModel", "with_saes"],
-    "steering": [],
+    "steering": ["Ablate", "Add", "Clamp", "Scale", "Steered", "steer", "sweep_strengths"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -343,6 +343,11 @@ class Splice:
     def is_transcoder(self) -> bool:
         return self.origin != self.place
 
+    @property
+    def off_the_stream(self) -> bool:
+        """Whether what the hook point itself returns is not what the model goes on with."""
+        return self._around is not None
+
     def named_hooks(self) -> Iterator[tuple[str, Any]]:
         """The SAE's hook points, by the name in its metadata and by the model's own."""
         for name, point in self.points.items():
