@@ -80,9 +80,16 @@ class Rerun:
         self.skip = self._skippable(activations)
         return final, activations
 
-    def replaced(self, activations: Tensor) -> Tensor:
-        """What `logits` makes logits of, for the same tokens with `activations` [rows, context, d] in their place."""
-        return self._run(activations, self.tokens, self.residual)
+    def replaced(self, activations: Tensor, rows: Tensor | None = None, *watches: tuple) -> Tensor:
+        """What `logits` makes logits of, for the same tokens with `activations` [rows, context, d] in their place.
+
+        rows [n]: which of the clean pass's rows those of `activations` [n, context, d] stand for, each any number of
+        times; all of them, once each, if None. watches: further hooks (name, function), at hook points behind this one.
+        Gradients pass, unless they are switched off.
+        """
+        if rows is None:
+            return self._run(activations, self.tokens, self.residual, *watches)
+        return self._run(activations, self.tokens[rows], self.residual[rows], *watches)
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits [n, vocabulary] of any n positions of what a pass has returned."""
@@ -94,22 +101,22 @@ class Rerun:
         seen = []
 
         def end(final: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append(final.detach())
+            seen.append(final)
             return final[..., :1]
 
         with _forward_of([self.model.unembed], end):
             self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
         return seen[0]
 
-    def _run(self, activations: Tensor, tokens: Tensor, residual: Tensor) -> Tensor:
+    def _run(self, activations: Tensor, tokens: Tensor, residual: Tensor, *watches: tuple) -> Tensor:
         shaped = activations.reshape(len(tokens), *self.shape[1:])
         if not self.skip:
-            return self._run_hooked(shaped, tokens, residual)
+            return self._run_hooked(shaped, tokens, residual, *watches)
         if self.kind == "hook_resid_post" or self.kind == "hook_resid_pre":
             with self._blocks_hand_on(shaped):
-                return self._run_model(tokens, [])
+                return self._run_model(tokens, list(watches))
         with self._blocks_hand_on(residual):
-            return self._run_hooked(shaped, tokens, residual)
+            return self._run_hooked(shaped, tokens, residual, *watches)
 
     def _run_hooked(self, shaped: Tensor, tokens: Tensor, residual: Tensor, *watches: tuple) -> Tensor:
         hook_point, value = self.hook_point, shaped

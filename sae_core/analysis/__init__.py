@@ -7,7 +7,9 @@ import importlib
 from typing import Any
 
 _MODULES: dict[str, list[str]] = {
-    "attribution": [],
+    "attribution": ["ERROR", "Attribution", "Effects", "ablate", "attribute", "recall"],
+    "edges": ["Edges", "edges"],
+    "metrics": ["log_prob", "logit", "logit_difference"],
     "feature_files": ["Features", "read_features"],
     "features": [
         "FeaturePass", "FeatureSettings", "MergedFeatures", "decoder_neighbours", "latent_groups", "latent_logits",
