@@ -315,6 +315,18 @@ class SAE(nn.Module, ABC):
         return from_pretrained(release, sae_id, device, dtype, revision=revision, force_download=force_download)
 
     @staticmethod
+    def from_pretrained_with_cfg_and_sparsity(
+        release: str,
+        sae_id: str,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> "tuple[SAE, dict[str, Any], Tensor | None]":
+        """(sae, cfg, sparsity), by SAELens' name; otherwise as `from_pretrained`."""
+        sae = SAE.from_pretrained(release, sae_id, device, dtype, **options)
+        return sae, sae[1], sae[2]
+
+    @staticmethod
     def from_hub(
         repo_id: str,
         path: str = "",

@@ -59,28 +59,26 @@ def fetch(
     return Snapshot(repo_id, commit, root)
 
 
-def names_in(repo_id: str, path: str, revision: str | None = None) -> tuple[list[str], str]:
-    """The names of the files and folders in a folder of a repository, and the commit that was looked at; those in the
-    cache where the hub cannot be reached. A `path` that is a file gives no names."""
+def names_in(repo_id: str, path: str, revision: str | None = None) -> list[str]:
+    """The names of the files and folders in a folder of a repository; those in the cache where the hub cannot be
+    reached. None for a `path` that is not there, or a file."""
     path = checked(path)
     if answers():
         from huggingface_hub import HfApi
         from huggingface_hub.errors import EntryNotFoundError
 
-        api = HfApi()
         try:
-            commit = str(api.repo_info(repo_id, revision=revision, timeout=10).sha)
-            tree = api.list_repo_tree(repo_id, path or None, revision=commit)
-            return [PurePosixPath(item.path).name for item in tree], commit
+            tree = HfApi().list_repo_tree(repo_id, path or None, revision=revision)
+            return [PurePosixPath(item.path).name for item in tree]
         except EntryNotFoundError:
-            return [], commit
+            return []
         except Exception as error:  # the client raises OSErrors, ValueErrors and its own: all say what is wrong
             raise _no_repository(repo_id, revision, error) from None
     root = _cached_root(repo_id, revision)
     if root is None:
         raise _no_repository(repo_id, revision, None)
     folder = root / path
-    return (sorted(os.listdir(folder)) if folder.is_dir() else []), root.name
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
 def checked(path: str) -> str:

@@ -61,9 +61,9 @@ def from_hub(
         return from_pretrained(*of, device, dtype, revision=revision, force_download=force_download)
     format = of_file(path)
     if format is None:
-        names, revision = hub.names_in(repo_id, path, revision)
+        names = hub.names_in(repo_id, path, revision)
         if "checkpoints" in names:
-            below, _ = hub.names_in(repo_id, f"{path}/checkpoints", revision)
+            below = hub.names_in(repo_id, f"{path}/checkpoints", revision)
             names = [*names, *(f"checkpoints/{name}" for name in below)]
         where = f"{repo_id}/{path}".rstrip("/")
         found = of_folder(names, where)

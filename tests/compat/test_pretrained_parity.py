@@ -143,3 +143,28 @@ def test_the_table_is_made_by_its_script(tmp_path):
         sys.argv = given
     assert (tmp_path / "made.json").read_bytes() == FILE.read_bytes()
     assert json.loads(FILE.read_text()) and FILE.stat().st_size < 600_000
+
+
+# ---- Neuronpedia ----
+
+
+def test_links_are_those_of_sae_lens(monkeypatch, tmp_path):
+    import webbrowser
+
+    from sae_lens.analysis.neuronpedia_integration import (
+        get_neuronpedia_quick_list,
+        open_neuronpedia_feature_dashboard,
+    )
+
+    from sae_core.analysis import feature_url, quick_list_url
+
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    there = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=2, d_sae=10))
+    there.cfg.metadata.model_name, there.cfg.metadata.neuronpedia_id = "gpt2-small", "gpt2-small/8-res-jb"
+    there.save_model(tmp_path)
+    ours = SAE.load(tmp_path)
+    open_neuronpedia_feature_dashboard(there, 3)
+    assert opened == [feature_url(ours, 3)]
+    assert get_neuronpedia_quick_list(there, [1, 2], name="my list") == quick_list_url([1, 2], ours, name="my list")
+
