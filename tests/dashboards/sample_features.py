@@ -9,6 +9,7 @@ Latent `i` fires on the token `WORDS[i % len(WORDS)]`, and on ` return` in half 
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def write_features(
     neuronpedia_id: str | None = None,
     sae: dict[str, Any] | None = None,
     hostile: bool = True,
+    fires: bool = True,
     seed: int = 0,
 ) -> Path:
     """Write a folder of format 1 and return it."""
@@ -52,7 +54,7 @@ def write_features(
     texts += [f" {''.join(generator.choice(list('abcdefghijklmnopqrstuvwxyz'), 4))}{number}"
               for number in range(VOCABULARY - len(texts))]  # fmt: skip
     ids = np.arange(latents)
-    alive = ids % DEAD != DEAD - 1
+    alive = (ids % DEAD != DEAD - 1) & fires
     rate = np.where(alive, 10 ** generator.uniform(-5, -1, latents), 0.0)
     most = np.where(alive, generator.uniform(2, 40, latents), 0).astype(np.float32)
     shape = np.exp(-(((np.log10(BINS[:-1]) - np.log10(np.maximum(most[:, None] / 4, 1e-3))) / 0.4) ** 2))
@@ -103,7 +105,7 @@ def write_features(
 
 
 def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    offsets = np.arange(0, values.size + 1, max(values.shape[1], 1))[: len(values) + 1]
+    offsets = np.arange(len(values) + 1) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values.ravel(), kind))
 
 
@@ -166,21 +168,28 @@ SHOTS = {  # width, height, colour scheme, what the address asks for
 }
 
 
-def take_screenshots(page_file: Path, folder: Path, latent: int = 0) -> None:
-    """Pictures `NAME.png` of a page in a folder."""
+def take_screenshots(
+    page_file: Path, folder: Path, latent: int = 0, names: Sequence[str] = (), browser: Any = None
+) -> None:
+    """Pictures `NAME.png` of a page in a folder: all of `SHOTS`, or those named. In a Playwright browser, one of their
+    own unless one is given."""
     from playwright.sync_api import sync_playwright
 
+    if browser is None:
+        with sync_playwright() as playwright:
+            own = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_SWITCHES))
+            take_screenshots(page_file, folder, latent, names, own)
+            return own.close()
     folder.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_SWITCHES))
-        for name, (width, height, scheme, asked) in SHOTS.items():
-            size = {"width": width, "height": height}
-            page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=2)
-            page.goto(f"{page_file.resolve().as_uri()}#{asked.format(latent=latent)}")
-            page.locator("body[data-ready]").wait_for()
-            page.screenshot(path=folder / f"{name}.png", animations="disabled")
-            page.close()
-        browser.close()
+    for name in names or SHOTS:
+        width, height, scheme, asked = SHOTS[name]
+        size = {"width": width, "height": height}
+        page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=2)
+        page.goto(f"{page_file.resolve().as_uri()}#{asked.format(latent=latent)}")
+        page.locator("body[data-ready]").wait_for()
+        page.screenshot(path=folder / f"{name}.png", animations="disabled")
+        page.close()
+    return None
 
 
 def main() -> None:

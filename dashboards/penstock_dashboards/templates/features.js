@@ -369,6 +369,7 @@ async function drawPanel() {
   document.title = `${STATE.latent === null ? "" : `Latent ${STATE.latent} · `}${DATA.title} · Penstock features`;
   hideTip();
   if (STATE.latent === null) return setPanel("Overview", overview());
+  byId("panel").ariaBusy = "true";
   try {
     const chunk = await chunkOf(row);
     if (turn === drawing) setPanel(`Latent ${STATE.latent}`, latentCard(row, chunk));
@@ -383,6 +384,7 @@ async function drawPanel() {
 
 function setPanel(name, content) {
   const panel = byId("panel");
+  panel.ariaBusy = "false";
   panel.replaceChildren(...content);
   panel.scrollTop = 0;
   panel.ariaLabel = name;
