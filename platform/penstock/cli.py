@@ -487,11 +487,9 @@ def _show_features(arguments: argparse.Namespace, folders: Sequence[Path]) -> in
 
         print(f"for Neuronpedia: {export(folders[0], Path(arguments.neuronpedia))}", flush=True)
     if arguments.serve:
-        from penstock.feature_server import serve
+        from penstock.feature_server import serve_until_interrupted
 
-        port = _free_port(arguments.port or 0)
-        with _terminated_as_interrupt():
-            serve(folders[0], port)
+        serve_until_interrupted(folders[0], arguments.port)
     elif arguments.page is None and arguments.neuronpedia is None:
         for folder in folders:
             print(f"look at them: penstock features {folder} --serve\n"

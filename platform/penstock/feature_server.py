@@ -54,20 +54,26 @@ def serve(features_folder: str | Path, port: int | None = None) -> Iterator[str]
 
 
 def serve_until_interrupted(
-    features_folder: str | Path, port: int | None = None, say: Callable[[str], None] = print
+    features_folder: str | Path, port: int | None = None, say: Callable[[str], None] | None = None
 ) -> None:
-    """Serve the browser until Ctrl-C or SIGTERM; `say` is told the address. Errors as `serve`'s. Main thread only."""
+    """Serve the browser until Ctrl-C or SIGTERM, in the main thread. `say` is told the address; it is printed unless
+    given. Errors as `serve`'s."""
     stopped = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    # Ctrl-C, too: a shell lets what it starts in the background ignore it.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
     try:
         with serve(features_folder, port) as address:
-            say(f"The features are at {address} (Ctrl-C stops it)")
+            (say or _printed)(f"features: {address}  (Ctrl-C ends it)")
             while not stopped.wait(0.5):
                 pass
-    except KeyboardInterrupt:
-        pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _printed(sentence: str) -> None:
+    print(sentence, flush=True)
 
 
 class _Server(ThreadingHTTPServer):

@@ -9,6 +9,7 @@ let ROW_OF;  // by latent
 const narrow = () => matchMedia("(max-width: 820px)").matches;
 const number = value => text(value, 0);
 const figure = value => value === 0 ? "0" : Math.abs(value) >= 1000 ? number(value) : String(+value.toPrecision(3));
+const even = value => value >= 1000 ? number(value) : value.toPrecision(3);  // of one length, to stand below each other
 const percent = share => share === 0 ? "0%" : share < 1e-6 ? `${(100 * share).toExponential(1)}%` : `${+(100 * share).toPrecision(3)}%`;
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -574,7 +575,7 @@ function exampleLine(row, chunk, example, first) {
   const whole = spans.map(one => TEXTS[one.dataset.token]).join("");
   const turned = (whole.match(RIGHT_TO_LEFT)?.length ?? 0) * 2 > (whole.match(LETTERS)?.length ?? 0);
   const line = element("li", { className: "example", tabIndex: first ? 0 : -1 },
-    element("span", { className: "value", title: `row ${chunk.row[example]}, position ${chunk.position[example]}` }, figure(chunk.activation[example])),
+    element("span", { className: "value", title: `row ${chunk.row[example]}, position ${chunk.position[example]}` }, even(chunk.activation[example])),
     element("div", { className: "window", dir: turned ? "rtl" : "ltr" },
       element("span", { className: "before" }, element("span", {}, spans.slice(0, peak))), element("span", { className: "after" }, spans.slice(peak))));
   line.dataset.place = `row ${number(chunk.row[example])}, position ${chunk.position[example]}`;
