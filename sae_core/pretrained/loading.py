@@ -167,7 +167,7 @@ def described(sae: SAE) -> dict[str, Any]:
     """What SAELens' users know as `cfg`: one flat dictionary of the SAE's fields and of its metadata."""
     cfg = sae.cfg
     fields = cfg.model_dump(exclude={"metadata", "dtype"})
-    flat: dict[str, Any] = {**fields, "dtype": cfg.dtype, "device": str(sae.W_enc.device), **cfg.metadata}
+    flat: dict[str, Any] = {**cfg.metadata, **fields, "dtype": cfg.dtype, "device": str(sae.W_enc.device)}
     flat["activation_fn_str"] = "topk" if cfg.architecture == "topk" else "relu"
     layer = re.search(r"(?:blocks|layers)\.(\d+)", str(flat.get("hook_name")))
     if layer is not None:

@@ -212,14 +212,13 @@ def matrix(tensors: Mapping[str, Tensor], name: str, path: str) -> tuple[int, in
     return shape[0], shape[1]
 
 
-def per_latent(threshold: Tensor, W_dec: Tensor, path: str) -> Tensor:
-    """A threshold of all latents [] or [1], or of each, as one of each."""
+def per_latent(threshold: Tensor, tensors: Mapping[str, Tensor], path: str) -> Tensor:
+    """A threshold of all latents [] or [1], or of each, as one of each [d_sae]."""
+    d_sae, _ = matrix(tensors, "W_dec", path)
     if threshold.numel() == 1:
-        return threshold.reshape(()).float().expand(len(W_dec)).clone()
-    if threshold.shape != W_dec.shape[:1]:
-        raise CheckpointError(
-            f"{path}: threshold has shape {list(threshold.shape)}; expected is [] or [d_sae], [{len(W_dec)}]"
-        )
+        return threshold.reshape(()).float().expand(d_sae).clone()
+    if threshold.shape != (d_sae,):
+        raise CheckpointError(f"{path}: threshold has shape {list(threshold.shape)}; expected is [] or [{d_sae}]")
     return threshold
 
 
@@ -242,6 +241,11 @@ def flag(value: Any, name: str, path: str) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"{path}: {name} is {value!r}; accepted: true, false")
     return value
+
+
+def count(value: Any) -> int | None:
+    """A field that only describes: itself if it is a whole number from 0 on, else nothing."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def text(value: Any) -> str | None:
@@ -267,12 +271,12 @@ def same_sizes(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], d_in: str,
 
 def _refuse_inflated(path: Path, name: Path) -> None:
     """Weights do not compress: an archive that unpacks to many times its size is made to fill a memory."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(item.file_size for item in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise CheckpointError(f"{name}: a damaged archive ({_short(error)})") from None
     if unpacked > _INFLATION * path.stat().st_size + 1_000_000:
         raise CheckpointError(f"{name}: {path.stat().st_size} bytes that unpack to {unpacked}; weights do not")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_core.errors import CheckpointError
-from sae_core.pretrained.reading import Place, Weights, take, text
+from sae_core.pretrained.reading import Place, Weights, count, take, text
 
 CONFIG = "config.yaml"
 RUN_CONFIGS = ("wandb-config.yaml", "wanb-config.yaml")  # misspelt in some of the repositories
@@ -56,7 +56,7 @@ def read_transcoder(place: Place) -> Weights:
         "hook_name": None if layer is None else f"blocks.{layer}.mlp.hook_in",
         "hook_name_out": None if layer is None else f"blocks.{layer}.hook_mlp_out",
         "dataset_path": "monology/pile-uncopyrighted",
-        "context_size": size.get("value") if isinstance(size, dict) else None,
+        "context_size": count(size.get("value")) if isinstance(size, dict) else None,
         "prepend_bos": True,
         **_RAW_WEIGHTS,
     }

@@ -22,6 +22,8 @@ from sae_core.errors import CheckpointError
 from sae_core.pretrained.reading import (
     Place,
     Weights,
+    count,
+    matrix,
     part,
     per_latent,
     same_sizes,
@@ -73,7 +75,7 @@ def read_dictionary_learning(place: Place) -> Weights:
     taken = take(tensors, names, path, left=left)
     same_sizes(trainer, taken, "activation_dim", "dict_size", where)
     if "threshold" in taken:
-        taken["threshold"] = per_latent(taken["threshold"], taken["W_dec"], path)
+        taken["threshold"] = per_latent(taken["threshold"], taken, path)
     config: dict[str, Any] = {"apply_b_dec_to_input": subtracts}
     if architecture == "topk":
         config["k"] = _k(trainer, tensors, where)
@@ -95,19 +97,22 @@ def _metadata(
     buffer = raw["buffer"] if isinstance(raw.get("buffer"), dict) else {}
     module = text(trainer.get("submodule_name")) or place.path
     hook = next((hook for name, hook in _HOOKS.items() if name in module), "hook_resid_post")
-    layer = trainer.get("layer")
+    layer = count(trainer.get("layer"))
     metadata: dict[str, Any] = {
         "model_name": text(trainer.get("lm_name")),
-        "hook_name": f"blocks.{layer}.{hook}" if isinstance(layer, int) else None,
-        "context_size": buffer.get("ctx_len"),
+        "hook_name": None if layer is None else f"blocks.{layer}.{hook}",
+        "context_size": count(buffer.get("ctx_len")),
         "prepend_bos": True,
         "dataset_path": "monology/pile-uncopyrighted",
     }
-    sizes = tensors.get("group_sizes")
-    if sizes is not None:
-        widths = list(accumulate(int(size) for size in sizes.flatten()[:1000]))
-        if any(size <= 0 for size in sizes.flatten().tolist()) or widths[-1:] != [len(taken["W_dec"])]:
-            raise CheckpointError(f"{place.name}: group_sizes is {sizes.tolist()[:10]}; expected are sizes that sum up "
-                                  f"to d_sae, {len(taken['W_dec'])}")  # fmt: skip
+    if "group_sizes" in tensors:
+        d_sae, _ = matrix(taken, "W_dec", place.name)
+        sizes = tensors["group_sizes"].flatten().tolist()
+        widths = list(accumulate(sizes)) if all(count(size) for size in sizes) else []
+        if widths[-1:] != [d_sae]:
+            raise CheckpointError(
+                f"{place.name}: group_sizes is {sizes[:10]}; expected are whole numbers above 0 that sum up to d_sae, "
+                f"{d_sae}"
+            )
         metadata["matryoshka"] = {"widths": widths}
     return metadata

@@ -29,7 +29,7 @@ def read_gemma_scope(place: Place) -> Weights:
         ("W_" + name[2:] if name.startswith("w_") else name): tensor for name, tensor in place.npz(path).items()
     }
     taken = take(tensors, _JUMPRELU, place.name)
-    taken["threshold"] = per_latent(taken["threshold"], taken["W_dec"], place.name)
+    taken["threshold"] = per_latent(taken["threshold"], taken, place.name)
     d_in, _ = matrix(taken, "W_enc", place.name)
     words, layer = place.words, place.layer()
     transcoder, embedding = "transcoder" in words, "embedding" in place.path
@@ -76,7 +76,7 @@ def read_gemma_scope_2(place: Place) -> Weights:
         )
     names = {**_JUMPRELU_2, "W_skip": "affine_skip_connection.T"} if skip else _JUMPRELU_2
     taken = take(tensors, names, place.name)
-    taken["threshold"] = per_latent(taken["threshold"], taken["W_dec"], place.name)
+    taken["threshold"] = per_latent(taken["threshold"], taken, place.name)
     metadata: dict[str, Any] = {**_DATA, "model_name": _gemma_3(config, place)}
     hooks = {
         "transcoder": "hook_mlp_in", "resid_post": "hook_resid_post", "attn_out": "attn.hook_z",

@@ -27,6 +27,7 @@ from sae_core.pretrained.reading import (
     flag,
     matrix,
     part,
+    per_latent,
     positive,
     same_sizes,
     take,
@@ -78,7 +79,7 @@ def read_lm_saes(place: Place) -> Weights:
     taken = _linear(raw, tensors, place)
     d_in, _ = matrix(taken, "W_enc", place.name)
     same_sizes(raw, taken, "d_model", "d_sae", where)
-    taken["threshold"] = logarithm.float().exp().reshape(-1).expand(len(taken["W_dec"])).clone()
+    taken["threshold"] = per_latent(logarithm, taken, place.name).float().exp()
     if raw.get("sparsity_include_decoder_norm"):
         taken["threshold"] = taken["threshold"] / _norms(taken["W_dec"])
     hook, hook_out = text(raw.get("hook_point_in")), text(raw.get("hook_point_out"))

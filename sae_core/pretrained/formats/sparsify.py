@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sae_core.errors import CheckpointError
-from sae_core.pretrained.reading import Place, Weights, flag, matrix, same_sizes, take, text, whole
+from sae_core.pretrained.reading import Place, Weights, count, flag, matrix, same_sizes, take, text, whole
 
 WEIGHTS, CONFIG, REPOSITORY_CONFIG = "sae.safetensors", "cfg.json", "config.json"
 # Options that change the function, and that only their being off is read.
@@ -70,7 +70,7 @@ def _metadata(place: Place, transcoder: bool) -> dict[str, Any]:
         metadata |= {
             "model_name": text(raw.get("model")),
             "dataset_path": text(raw.get("dataset")),
-            "context_size": raw.get("ctx_len"),
+            "context_size": count(raw.get("ctx_len")),
         }
     module = re.search(r"(?:layers|h)[._](\d+)(?:[._](mlp|attn|self_attn|attention))?$", place.words)
     if place.words.endswith(("embed_tokens", "wte", "embed_in")):
