@@ -61,9 +61,10 @@ def load_model(
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}") from None
     loaded = with_saes(models.load_model(spec, str(device)))
+    points = loaded.hook_dict
     for one in saes:
         for hook_point in _hook_points(one):
-            hook_point_of(loaded, hook_point)
+            hook_point_of(points, hook_point)
         check_fits(loaded, one)
     return loaded
 

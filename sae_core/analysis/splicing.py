@@ -107,7 +107,10 @@ class SplicedModel:
         Raises ConfigError for a hook point that the model lacks, a width that differs, a model whose weights were
         processed in another way than the checkpoint asks for, and activations that another SAE writes already.
         """
-        splice = Splice(self, sae, bool(use_error_term), exclude_special_tokens)
+        self._add(sae, use_error_term, exclude_special_tokens, self.hook_dict)
+
+    def _add(self, sae: SAE, use_error_term: bool | None, exclude: Any, points: Mapping[str, Any]) -> None:
+        splice = Splice(self, sae, bool(use_error_term), exclude, points)
         other = self._splices.get(splice.place)
         if other is not None and other.origin != splice.origin:
             raise ConfigError(
@@ -125,7 +128,8 @@ class SplicedModel:
         self._set_splices({place: splice for place, splice in self._splices.items() if splice not in wanted})
 
     def _named(self, name: str) -> "list[Splice]":
-        actual = hook_point_of(self, name)[0] if name in self.hook_dict else name
+        points = self.hook_dict
+        actual = hook_point_of(points, name)[0] if name in points else name
         found = [
             splice for splice in self._splices.values() if name in (splice.reads, splice.writes)
             or actual in (splice.origin, splice.place)
@@ -145,9 +149,10 @@ class SplicedModel:
     ) -> Iterator[Any]:
         """Within, `saes` are attached; afterwards those are that were before (unless reset_saes_end is false)."""
         before = dict(self._splices)
+        points = self.hook_dict if saes else {}  # looked up once: a bridge collects its names anew each time
         try:
             for sae in [saes] if isinstance(saes, nn.Module) else saes:
-                self.add_sae(sae, use_error_term, exclude_special_tokens)
+                self._add(sae, use_error_term, exclude_special_tokens, points)
             yield self
         finally:
             if reset_saes_end:
@@ -311,7 +316,10 @@ class SplicedModel:
 class Splice:
     """An SAE at its hook points of one model."""
 
-    def __init__(self, model: Any, sae: SAE, use_error_term: bool, excluded: bool | Sequence[int]):
+    def __init__(
+        self, model: Any, sae: SAE, use_error_term: bool, excluded: bool | Sequence[int], points: Mapping[str, Any]
+    ):
+        """points: the model's hook_dict."""
         from transformer_lens.hook_points import HookPoint
 
         if not isinstance(sae, SAE):
@@ -328,12 +336,12 @@ class Splice:
         self.reads = str(about["hook_name"])
         self.writes = str(about.get("hook_name_out") or self.reads)
         self.head = about.get("hook_head_index")
-        self.origin, self.read_point = hook_point_of(model, self.reads)
-        self.place, self.write_point = hook_point_of(model, self.writes)
+        self.origin, self.read_point = hook_point_of(points, self.reads)
+        self.place, self.write_point = hook_point_of(points, self.writes)
         self.kept: Tensor | None = None  # [batch, position] bool: tokens of the pass that keep their activations
         self._given: Tensor | None = None
         check_fits(model, sae)
-        self._around = _AroundAttention(model, self) if _lies_off_the_stream(self.writes, self.place) else None
+        self._around = _AroundAttention(points, self) if _lies_off_the_stream(self.writes, self.place) else None
         self.points = {name: HookPoint() for name in HOOKS}
         for name, point in self.points.items():
             point.name = f"{self.writes}.{name}"
@@ -434,16 +442,15 @@ class _AroundAttention:
     """A splice at hook_resid_mid of a TransformerBridge, whose hook point lies on the way into the second norm alone:
     the stream itself is set by what attention adds to it."""
 
-    def __init__(self, model: Any, splice: Splice):
+    def __init__(self, points: Mapping[str, Any], splice: Splice):
         self.splice = splice
         block = splice.writes.removesuffix("hook_resid_mid")
-        self.before = hook_point_of(model, f"{block}ln1.hook_in")[1]
-        self.added = hook_point_of(model, f"{block}hook_attn_out")[1]
+        self.before = hook_point_of(points, f"{block}ln1.hook_in")[1]
+        self.added = hook_point_of(points, f"{block}hook_attn_out")[1]
         self._residual: Tensor | None = None
         self._written: Tensor | None = None
         self._checked = False
-        readers = (_Reader(self.before, self._note), _Reader(splice.write_point, self._check))
-        self._readers = readers
+        self._readers = (_Reader(self.before, self._note), _Reader(splice.write_point, self._check))
 
     def put_in(self) -> None:
         _tap(self.added).writers.append(self)
@@ -531,10 +538,9 @@ def _lies_off_the_stream(name: str, actual: str) -> bool:
 # ---- hook points ----------------------------------------------------------------------------------------------------
 
 
-def hook_point_of(model: Any, name: str) -> tuple[str, Any]:
-    """(the model's own name for a hook point, the hook point). A TransformerBridge has further names for many. Raises
-    ConfigError for a name that the model does not know."""
-    points = model.hook_dict
+def hook_point_of(points: Mapping[str, Any], name: str) -> tuple[str, Any]:
+    """(the model's own name for a hook point, the hook point), of a model's hook_dict. A TransformerBridge has further
+    names for many. Raises ConfigError for a name that the model does not know."""
     if name not in points:
         raise ConfigError(f"hook point {name!r}: the model has none of this name{_nearest(name, points)}")
     return str(points[name].name or name), points[name]

@@ -541,7 +541,7 @@ class _Site:
         for edits in rows:
             for edit in edits:
                 edited_positions(edit.positions, 0, prompt_length)
-        place = Splice(model, sae, True, False)  # checks that the SAE belongs to the model
+        place = Splice(model, sae, True, False, model.hook_dict)  # checks that the SAE belongs to the model
         self.reads, self.writes, self.is_transcoder = place.reads, place.writes, place.is_transcoder
         self.is_attached = any(one is sae for one in model.acts_to_saes.values())
         self.must_be_attached = not self.is_attached and place.off_the_stream
