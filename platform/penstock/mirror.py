@@ -52,8 +52,7 @@ class Mirror:
         """End what has not ended, and wait a while for what is on its way."""
         if self._thread is None:
             return
-        for sae_id in list(self._runs):
-            self.finish(sae_id, "interrupted", {})
+        self._do(self._finish_all)
         self._jobs.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -113,6 +112,10 @@ class Mirror:
         for row in rows:
             curves = {name if "/" in name else f"train/{name}": value for name, value in row["metrics"].items()}
             self._runs[sae_id].log({"tokens": row["tokens"], **curves})
+
+    def _finish_all(self) -> None:
+        for sae_id in list(self._runs):
+            self._finish(sae_id, {"status": "interrupted"})
 
     def _finish(self, sae_id: str, summary: Mapping[str, Any]) -> None:
         run = self._runs.pop(sae_id, None)
