@@ -7,6 +7,7 @@ from penstock.errors import CheckpointError, ConfigError, ModelError
 from penstock.hooked import load_model
 from penstock.models import processing_of
 from sae_core import SAE, SAEConfig, StandardSAE
+from sae_core.analysis import Add, Features, steer, sweep_strengths
 from tiny_models import VOCAB, write_model
 
 STREAM, VALUES, HIDDEN = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
@@ -117,3 +118,81 @@ def test_dtypes_follow_the_checkpoint(folder):
     sae = make(model_name=str(folder), model_dtype="bfloat16")
     assert load_model(sae=sae).W_E.dtype == torch.bfloat16
     assert load_model(sae=sae, dtype=torch.float32).W_E.dtype == torch.float32
+
+
+# ---- the demo model and its SAEs ------------------------------------------------------------------------------------
+
+PROMPT = "def area(width, height):\n    return"
+
+
+@pytest.fixture(scope="module")
+def demo(demo_saes):
+    saes = [SAE.load(folder) for folder in demo_saes.values()]
+    return load_model(sae=saes), saes
+
+
+def test_sae_and_model_belong_together(demo):
+    model, (first, second) = demo
+    name = second.cfg.metadata["hook_name"]
+    with torch.no_grad():
+        clean = model.run_with_cache(PROMPT)[0]
+        logits, cache = model.run_with_cache_with_saes(PROMPT, saes=[first, second], use_error_term=True)
+    torch.testing.assert_close(logits, clean, atol=1e-3, rtol=1e-3)
+    active = (cache[f"{name}.hook_sae_acts_post"][0, 1:] > 0).sum(-1)
+    assert active.max() == second.cfg.k and (active > 0).all()
+    assert cache[f"{name}.hook_sae_error"][0, 1:].norm() < 0.6 * cache[f"{name}.hook_sae_input"][0, 1:].norm()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_circulating_recipe_for_steering_steers(demo, cached):
+    """A hook that adds a row of W_dec, given to `generate`: TransformerLens' own calls none."""
+    model, (_, sae) = demo
+    name, calls = sae.cfg.metadata["hook_name"], []
+
+    def steering_hook(activations, hook):
+        calls.append((activations.shape[1], hook.ctx["start"]))
+        return activations + 40.0 * sae.W_dec[11]
+
+    options = {"max_new_tokens": 12, "temperature": 0.0, "verbose": False, "use_past_kv_cache": cached}
+    with torch.no_grad():
+        steered = model.generate(PROMPT, fwd_hooks=[(name, steering_hook)], **options)
+        plain = model.generate(PROMPT, **options)
+    n = model.to_tokens(PROMPT).shape[1]
+    # the model's own setting is to keep no cache, which a generation overrides
+    assert calls == [(n, 0)] + [(1, at) if cached else (at + 1, 0) for at in range(n, n + 11)]
+    assert steered.startswith(PROMPT) and plain.startswith(PROMPT) and steered != plain
+
+
+def test_steering_towards_what_a_feature_promotes(demo):
+    model, (_, sae) = demo
+    with torch.no_grad():
+        effects = (sae.W_dec @ model.W_U).amax(-1)
+        latent = int(effects.argmax())
+        promoted = int((sae.W_dec[latent] @ model.W_U).argmax())
+    frame = sweep_strengths(model, sae, PROMPT, latent, [0, 10, 20, 40], max_new_tokens=10)
+    assert frame.kl_prompt[0] < 1e-6 and frame.kl_prompt.is_monotonic_increasing
+    assert frame.after.is_monotonic_increasing and frame.after.iloc[-1] > 20
+    assert frame.text[0] == frame.attrs["unsteered_text"] and frame.text.iloc[-1] != frame.text[0]
+    steered = steer(model, sae, PROMPT, Add(latent, 40.0, positions="generated"), max_new_tokens=10)
+    assert (steered.kl[: steered.prompt_length] < 1e-6).all() and steered.kl_generated > 0.1
+    tokens = torch.from_numpy(steered.tokens)[None]
+    with torch.no_grad():
+        clean = model(tokens)[0, :, promoted]
+        changed = model.run_with_hooks(
+            tokens, fwd_hooks=[(sae.cfg.metadata["hook_name"], lambda x, hook: x + 40.0 * sae.W_dec[latent])]
+        )[0, :, promoted]
+    assert (changed > clean).float().mean() > 0.8
+    shown = steered.side_by_side()
+    assert PROMPT in shown and "KL " in shown and f"feature {latent}: " in shown
+
+
+def test_strengths_in_units_of_a_features_largest_activation(demo):
+    import pyarrow as pa
+
+    model, (_, sae) = demo
+    table = pa.table({"latent": pa.array([3, 4], pa.int32()), "max_activation": pa.array([12.0, 0.0], pa.float32())})
+    features = Features(folder=None, about={}, latents=table, vocabulary=None)
+    frame = sweep_strengths(model, sae, PROMPT, 3, [0.5, 2], unit=features, max_new_tokens=1)
+    assert frame.strength.tolist() == [0.5, 2] and frame.amount.tolist() == [6, 24]
+    with pytest.raises(ConfigError, match="no activation of feature 4"):
+        sweep_strengths(model, sae, PROMPT, 4, [1], unit=features, max_new_tokens=1)
