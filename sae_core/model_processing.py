@@ -65,15 +65,16 @@ def processing_of(metadata: Mapping[str, Any]) -> str | None:
     )
 
 
-def steps_that_matter(hook_point: str) -> tuple[str, ...]:
-    """Which steps change the activations at a hook point; all of them where its name is not known."""
+def steps_that_matter(hook_point: str, normalize_activations: str = "none") -> tuple[str, ...]:
+    """Which steps change what an SAE sees of the activations at a hook point. One that normalises each token by
+    layer_norm takes the mean out itself, and puts it back."""
     if _UNCHANGED.fullmatch(hook_point):
         return ()
     if _VALUES.fullmatch(hook_point):
         return ("fold_value_biases",)
     if _NORMED.fullmatch(hook_point):
         return ("fold_ln",)
-    return ("center_writing_weights",)
+    return () if normalize_activations == "layer_norm" else ("center_writing_weights",)
 
 
 def state_of(model: Any, step: str) -> bool | None:

@@ -111,7 +111,11 @@ def _processing(wanted: str | None, saes: "Sequence[SAE]") -> str:
 
 
 def _suits(steps: frozenset[str], sae: "SAE", asked: frozenset[str]) -> bool:
-    return all((step in steps) == (step in asked) for name in _hook_points(sae) for step in steps_that_matter(name))
+    return all(
+        (step in steps) == (step in asked)
+        for name in _hook_points(sae)
+        for step in steps_that_matter(name, sae.cfg.normalize_activations)
+    )
 
 
 def _hook_points(sae: "SAE") -> list[str]:

@@ -584,7 +584,7 @@ def check_fits(model: Any, sae: SAE) -> None:
     if steps is None:
         return
     for name in dict.fromkeys((reads, writes)):
-        for step in steps_that_matter(name):
+        for step in steps_that_matter(name, sae.cfg.normalize_activations):
             state = state_of(model, step)
             if state is not None and state != (step in steps):
                 raise ConfigError(_of_other_weights(name, step, steps, state, about))

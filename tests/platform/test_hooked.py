@@ -18,8 +18,11 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
 
 
-def make(hook_name: str = STREAM, d_in: int = 32, **metadata) -> SAE:
-    cfg = SAEConfig(architecture="standard", d_in=d_in, d_sae=48, metadata={"hook_name": hook_name, **metadata})
+def make(hook_name: str = STREAM, d_in: int = 32, normalize: str = "none", **metadata) -> SAE:
+    cfg = SAEConfig(
+        architecture="standard", d_in=d_in, d_sae=48, normalize_activations=normalize,
+        metadata={"hook_name": hook_name, **metadata},
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in StandardSAE.shapes(cfg).items()}
     return StandardSAE(cfg, weights)
@@ -67,6 +70,7 @@ def test_an_sae_of_other_weights_is_refused_where_that_matters(folder):
         (whole, make()),
         (raw, make(HIDDEN, 128, model_processing="fold_ln_center")),  # no processing changes it
         (centred, make(VALUES, model_processing="none")),
+        (centred, make(normalize="layer_norm", model_processing="none")),  # takes the mean out itself
     ):
         model.add_sae(sae)
         model.reset_saes()
