@@ -8,15 +8,23 @@ from typing import Any
 
 _MODULES: dict[str, list[str]] = {
     "attribution": ["ERROR", "Attribution", "Effects", "ablate", "attribute", "recall"],
-    "edges": ["Edges", "edges"],
     "metrics": ["log_prob", "logit", "logit_difference"],
+    "feature_edges": ["Edges", "edges"],
     "feature_files": ["Features", "read_features"],
     "features": [
-        "FeaturePass", "FeatureSettings", "MergedFeatures", "decoder_neighbours", "latent_groups", "latent_logits",
+        "FeaturePass",
+        "FeatureSettings",
+        "MergedFeatures",
+        "decoder_neighbours",
+        "latent_groups",
+        "latent_logits",
     ],
     "generation": [],
     "neuronpedia": [
-        "feature_url", "get_neuronpedia_quick_list", "neuronpedia_id", "open_neuronpedia_feature_dashboard",
+        "feature_url",
+        "get_neuronpedia_quick_list",
+        "neuronpedia_id",
+        "open_neuronpedia_feature_dashboard",
         "quick_list_url",
     ],
     "splicing": ["SplicedModel", "with_saes"],

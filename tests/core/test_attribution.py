@@ -1,4 +1,4 @@
-"""Attribution on tiny random models against plain hooks and formulas by hand, and on the demo model against the truth."""
+"""Attribution on tiny random models against plain hooks and formulas, and on the demo model against the truth."""
 
 import warnings
 
@@ -19,7 +19,7 @@ from sae_core.analysis.attribution import (
     logit_difference,
     recall,
 )
-from sae_core.analysis.edges import edges
+from sae_core.analysis.feature_edges import edges
 from sae_core.analysis.final_norm import FinalNorm
 from sae_core.architectures import ARCHITECTURES
 from sae_core.sae import SAEConfig
@@ -201,7 +201,7 @@ def test_hook_points_together_are_each_judged_alone(tiny_model, tokens):
 
 
 def test_direct_attribution_by_hand(tiny_model, tokens):
-    """At the end of the last layer, with the norm's scale held: (f W_dec[i] - its mean) * gain / scale . (u_a - u_b)."""
+    """At the end of the last layer, the norm's scale held: (f W_dec[i] - its mean) * gain / scale . (u_a - u_b)."""
     sae = make_sae(*CASES["last"])
     found = attribute(tiny_model, sae, tokens, logit_difference(3, 4), method="direct")
     effects = found["blocks.2.hook_resid_post"]
@@ -266,15 +266,6 @@ def test_integrated_gradients_add_up(tiny_model, tokens, freeze_norm):
         effects = found["blocks.1.hook_resid_post"]
         assert effects.total == pytest.approx(effects.expected_total, abs=1e-3)
         assert abs(effects.total) > 0.02
-        if paths == 1 and not freeze_norm:  # the one line ends where only what is no node is left
-            seen = []
-            watch = ("blocks.1.hook_resid_post", lambda activation, hook: seen.append(activation))
-            with torch.no_grad():
-                tiny_model.run_with_hooks(tokens, fwd_hooks=[watch])
-                nothing = sae.decode(torch.zeros(*tokens.shape, sae.d_sae), seen[0])
-                end = ("blocks.1.hook_resid_post", lambda activation, hook: nothing)
-                left = METRICS["log_prob"](tiny_model.run_with_hooks(tokens, fwd_hooks=[end]))
-            assert effects.expected_total == pytest.approx(found.value - float(left), abs=1e-3)
     # one line a node: the truth
     options["positions"] = [5, 8]
     true = ablate(
@@ -284,15 +275,25 @@ def test_integrated_gradients_add_up(tiny_model, tokens, freeze_norm):
     np.testing.assert_allclose(found["blocks.1.hook_resid_post"].effect, true.effect, atol=1e-3)
 
 
+def test_one_line_of_integrated_gradients_ends_where_only_what_is_no_node_is_left(tiny_model, tokens):
+    sae = make_sae(*CASES["layer_norm"])
+    name, seen = "blocks.1.hook_resid_post", []
+    found = attribute(tiny_model, sae, tokens, METRICS["log_prob"], method="integrated_gradients", paths=1)
+    with torch.no_grad():
+        tiny_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda activation, hook: seen.append(activation))])
+        nothing = sae.decode(torch.zeros(*tokens.shape, sae.d_sae), seen[0])
+        left = tiny_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda activation, hook: nothing)])
+    assert found[name].expected_total == pytest.approx(found.value - float(METRICS["log_prob"](left)), abs=1e-3)
+
+
 def test_any_function_of_the_logits_is_a_metric(tiny_model, tokens):
     sae = make_sae(*CASES["topk"])
     own = lambda logits: (logits[:, -1, 3] - logits[:, -1, 4]).sum()  # noqa: E731
     for method in ("gradient", "direct", "integrated_gradients"):
         a, b = (attribute(tiny_model, sae, tokens, metric, method=method) for metric in (own, logit_difference(3, 4)))
         assert a.value == pytest.approx(b.value, abs=1e-4)
-        np.testing.assert_allclose(
-            a["blocks.1.hook_resid_post"].effect, b["blocks.1.hook_resid_post"].effect, atol=1e-4
-        )
+        (one,), (other,) = a.effects.values(), b.effects.values()
+        np.testing.assert_allclose(one.effect, other.effect, atol=1e-4)
     with torch.no_grad():
         logits = tiny_model(tokens)
     assert float(logit_difference(3, 4)(logits)) == pytest.approx(b.value, abs=1e-4)
@@ -451,9 +452,8 @@ def test_edges_by_ablation_and_by_gradient(tiny_model, tokens, down):
         x, z = (seen[name].clone() for name in names)
         f, g = up.encode(x), down.encode(z)
         error = x - up.decode(f)
-        assert sorted(true.down_activation, reverse=True) == pytest.approx(
-            g.flatten().topk(6).values.tolist(), abs=1e-5
-        )
+        most_active = g.flatten().topk(6).values.tolist()
+        assert sorted(true.down_activation, reverse=True) == pytest.approx(most_active, abs=1e-5)
         assert len(true.up_latent) == int((f != 0).sum()) + 9 and (true.up_latent[-9:] == ERROR).all()
 
         def latents(vector, position, share):
@@ -503,7 +503,8 @@ def test_edges_between_hook_points_that_do_not_meet_are_refused(tiny_model, hook
 PROMPTS = [
     "import os\n\ndef read(path):\n    with open(path) as f:\n        return f.",
     "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(",
-    "class Stack:\n    def __init__(self, items):\n        self.items = list(items)\n\n    def pop(self):\n        return self.",
+    "class Stack:\n    def __init__(self, items):\n        self.items = list(items)\n\n"
+    "    def pop(self):\n        return self.",
     "try:\n    import json\nexcept ImportError:\n    json =",
     "def main(argv=None):\n    if argv is None:\n        argv = sys.",
     "for key, value in sorted(table.items()):\n    print(key,",
@@ -531,7 +532,7 @@ def test_gradient_methods_find_the_50_largest_true_effects(demo, freeze_norm):
         best, second = model(ids)[0, -1].topk(2).indices.tolist()
         metric = logit_difference(best, second)
         true = ablate(model, saes, ids, metric, freeze_norm=freeze_norm)
-        assert all(4 * 50 < len(effects) for effects in true.effects.values())
+        assert all(len(effects) > 4 * 50 for effects in true.effects.values())
         assert all(effects.is_error.sum() == ids.shape[1] - 1 for effects in true.effects.values())
         for method, recalls in found.items():
             estimated = attribute(model, saes, prompt, metric, method=method, freeze_norm=freeze_norm)
@@ -543,12 +544,18 @@ def test_gradient_methods_find_the_50_largest_true_effects(demo, freeze_norm):
 
 
 def test_edges_on_the_demo_find_the_largest_true_ones(demo):
+    """But for upstream features that fire at nearly every position, whose effect is not near its first order."""
     model, (up, down) = demo
-    options = {"targets": attribute(model, down, PROMPTS[0], logit("read")), "top": 10}
-    true = edges(model, up, down, PROMPTS[0], method="ablation", **options)
-    estimated = edges(model, up, down, PROMPTS[0], **options)
-    largest = [set(np.argsort(-np.abs(one.effect), axis=None)[:50].tolist()) for one in (true, estimated)]
-    assert len(largest[0] & largest[1]) / 50 >= 0.6
+    found = []
+    for prompt in PROMPTS[:4]:
+        true, estimated = (edges(model, up, down, prompt, top=10, method=method) for method in ("ablation", "gradient"))
+        latents, counts = np.unique(true.up_latent, return_counts=True)
+        dense = latents[(counts > 0.9 * (len(true.texts) - 1)) & (latents != ERROR)]
+        kept = ~np.isin(true.up_latent, dense)
+        assert kept.sum() > 100
+        largest = [set(np.argsort(-np.abs(one.effect[:, kept]), axis=None)[:50].tolist()) for one in (true, estimated)]
+        found.append(len(largest[0] & largest[1]) / 50)
+    assert np.mean(found) >= 0.7, found
     table = true.table(1)
     assert table.up_token[0] in true.texts and table.kind[0] in ("feature", "error")
 

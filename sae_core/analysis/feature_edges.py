@@ -6,7 +6,11 @@ in units of feature j's activation. `method="ablation"` measures it, `"gradient"
 d f_j / d f_i: the gradient passes through the later SAE's encoder and the real model in between, in which the earlier
 SAE and its error together are the identity (Marks et al., arXiv 2403.19647, section 3.1, whose edges are stopped at the
 nodes of hook points in between; here those are a part of the model). The errors of the earlier SAE are upstream nodes
-of their own. A feature that is not active has gradient 0: what would switch it on is not seen.
+of their own.
+
+A gradient does not see that a downstream feature is switched off, and is far off where an upstream feature fires at
+every position, a direction of the position itself, say. EDGES `"ablation"` takes one pass an upstream node,
+whatever the number of targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -193,7 +197,9 @@ def _by_ablation(
     for chosen in torch.arange(len(nodes), device=nodes.row.device).split(at_once):
         x = passes.activations.repeat(len(chosen), 1, 1)
         own = nodes.place.of_head(x, nodes.place.sae.d_out)
-        own[torch.arange(len(chosen), device=x.device), nodes.position[chosen]] -= nodes.vectors(chosen).to(x)
+        own[torch.arange(len(chosen), device=x.device), nodes.position[chosen].to(x.device)] -= nodes.vectors(
+            chosen
+        ).to(x)
         changed = reader.latents(x)[:, position, latent]
         effects.append((clean[position, latent].double() - changed.double()).T)
     return torch.cat(effects, 1)
