@@ -54,11 +54,12 @@ class Folder:
     def digest(self) -> str:
         """Of what was loaded, so that the same SAE in another folder is known again."""
         digest = blake2b(digest_size=16)
-        names = ["cfg.json", "sae_weights.safetensors"]
-        if not all((Path(self.path) / name).is_file() for name in names):  # of another format
-            names = sorted(path.name for path in Path(self.path).iterdir() if path.is_file())
-        for name in names:
-            with (Path(self.path) / name).open("rb") as stream:
+        folder = Path(self.path)
+        files = [folder / name for name in ("cfg.json", "sae_weights.safetensors")]
+        if not all(file.is_file() for file in files):  # of another format, whose weights may lie deeper, or be one file
+            files = sorted(file for file in (folder, *folder.rglob("*")) if file.is_file())
+        for file in files:
+            with file.open("rb") as stream:
                 while piece := stream.read(1 << 24):
                     digest.update(piece)
         return digest.hexdigest()
