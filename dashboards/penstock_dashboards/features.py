@@ -138,7 +138,7 @@ class _Pages:
         return self._html({"chunk": _CHUNK, **fewer}, index, chunks)
 
     def served(self) -> str:
-        return self._html({"chunk": 1, "served": True}, self._index(), [], connect=" connect-src 'self';")
+        return self._html({"chunk": 1, "served": True}, self._index(level=1), [], connect=" connect-src 'self';")
 
     def chunk(self, first: int, last: int, kept: Kept) -> bytes:
         """What the panel of the latents in rows `first` to `last` (excluded) shows."""
@@ -212,7 +212,7 @@ class _Pages:
                 parts[name].append(values)
         return {name: np.concatenate(values) for name, values in parts.items()}, counts
 
-    def _index(self) -> bytes:
+    def _index(self, level: int = 6) -> bytes:
         arrays: dict[str, Array] = {
             "latent": _ints(self.ids),
             "fired": self._numbers("fired"),
@@ -224,7 +224,7 @@ class _Pages:
             tokens, counts = _flat(self.columns[name])
             arrays[name], arrays[f"{name}_counts"] = _ints(self.place[tokens]), _ints(counts)
         arrays |= {name: _ints(values) for name, values in self.near.items()}
-        return _packed(arrays, texts=self.texts)
+        return _packed(arrays, level, texts=self.texts)
 
     def _numbers(self, name: str) -> Array:
         values = self.columns[name].fill_null(0).to_numpy(zero_copy_only=False)
@@ -259,7 +259,7 @@ class _Pages:
 # ---- blocks of arrays -----------------------------------------------------------------------------------------------
 
 
-def _packed(arrays: Columns, **more: Any) -> bytes:
+def _packed(arrays: Columns, level: int = 6, **more: Any) -> bytes:
     """Gzipped: the header's length in bytes (uint32), the header (JSON: `arrays`, a list of [name, kind, count], and
     `more`), then each array in little-endian bytes, all first bytes of its numbers before all second ones: the upper
     bytes of small numbers are alike, and so are those of numbers of one size."""
@@ -269,7 +269,7 @@ def _packed(arrays: Columns, **more: Any) -> bytes:
     for values in arrays.values():
         little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
         parts.append(little.view(np.uint8).reshape(-1, values.dtype.itemsize).T.tobytes())
-    return gzip.compress(b"".join(parts), 9, mtime=0)
+    return gzip.compress(b"".join(parts), level, mtime=0)
 
 
 def _embedded_bytes(block: bytes) -> int:

@@ -307,14 +307,14 @@ function option(place) {
 }
 
 /** The tokens around the peak of an example, a latent's first one unless told; of one that has none, what it promotes. */
-function snippet(row, shown = -1) {
+function snippet(row, shown = -1, before = Infinity) {
   const example = shown >= 0 ? shown : LATENTS.nearStarts[row];
   if (LATENTS.nearStarts[row] === LATENTS.nearStarts[row + 1]) {
     const promoted = [...LATENTS.top_tokens.subarray(LATENTS.topStarts[row], LATENTS.topStarts[row + 1])].slice(0, 4);
     return promoted.length ? ["promotes ", ...promoted.flatMap(token => [spoken(token), " "])] : ["–"];
   }
   const begin = LATENTS.tokenStarts[example], made = [];
-  for (let i = 0; i < LATENTS.near_lengths[example]; i++) {
+  for (let i = Math.max(0, LATENTS.near_peaks[example] - before); i < LATENTS.near_lengths[example]; i++) {
     const isPeak = i === LATENTS.near_peaks[example];
     made.push(element(isPeak ? "mark" : "span", { className: isPeak ? "t h5" : "t" }, shapes(TEXTS[LATENTS.near_tokens[begin + i]])));
   }
@@ -505,7 +505,7 @@ function neighbours(within, chunk) {
   for (let i = from; i < to; i++) {
     const latent = chunk.neighbours[i], row = ROW_OF.get(latent);
     const made = element("button", { type: "button", className: "neighbour", ariaLabel: `Latent ${latent}, cosine ${chunk.neighbour_cosines[i].toFixed(2)}` },
-      element("b", {}, String(latent)), element("span", { className: "snippet" }, row === undefined ? "" : snippet(row)),
+      element("b", {}, String(latent)), element("span", { className: "snippet" }, row === undefined ? "" : snippet(row, -1, 2)),
       element("span", { className: "soft" }, chunk.neighbour_cosines[i].toFixed(2)));
     if (row === undefined) made.disabled = true;
     else made.addEventListener("click", () => show(latent, { push: true, focus: true }));
@@ -673,8 +673,15 @@ function options(id, among) {
 
 function listen() {
   byId("find").addEventListener("submit", event => event.preventDefault());
-  byId("search").addEventListener("input", () => ask({ words: byId("search").value }));
+  const searched = () => { if (byId("search").value !== STATE.words) ask({ words: byId("search").value }); };
+  let waiting = 0;
+  byId("search").addEventListener("input", () => {  // where it takes a while, once the typing rests
+    clearTimeout(waiting);
+    if (LATENTS.latent.length > 50_000) waiting = setTimeout(searched, 150);
+    else searched();
+  });
   byId("search").addEventListener("keydown", event => {
+    if (event.key === "Enter" || event.key === "ArrowDown" || event.key === "Escape") searched();
     if (event.key === "Escape" && STATE.words) {
       event.preventDefault();
       ask({ words: "" });
