@@ -93,6 +93,10 @@ class ActivationsStore:
             raise ConfigError(f"dataset is {dataset!r}; accepted: the name of a dataset, a file or a folder, where the "
                               "SAE's metadata name none (dataset.to_parquet(FILE) makes a file)")  # fmt: skip
         excluded = about.get("exclude") or {}
+        if excluded.get("norm_over_median") is not None:
+            raise ConfigError("sae was trained without tokens of outlying norm (data.exclude.norm_over_median "
+                              f"{excluded['norm_over_median']:g}), which SAELens' configuration cannot say; accepted: "
+                              "an SAE trained with all others")  # fmt: skip
         keywords: dict[str, Any] = {
             "model_name": about.model_name,
             "hook_name": about.hook_name,
