@@ -176,8 +176,8 @@ class Steered:
     prompt: str
     text: str
     unsteered_text: str
-    tokens: np.ndarray
-    unsteered_tokens: np.ndarray
+    tokens: np.ndarray = field(repr=False)
+    unsteered_tokens: np.ndarray = field(repr=False)
     prompt_length: int
     pieces: list[str] = field(repr=False)
     kl: np.ndarray = field(repr=False)
