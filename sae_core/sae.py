@@ -138,6 +138,11 @@ class SAE(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
+    def extra_repr(self) -> str:
+        sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.cfg.d_out, "k": self.cfg.k}
+        named = {name: self.cfg.metadata.get(name) for name in ("model_name", "hook_name", "hook_name_out")}
+        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **named}.items() if value is not None)
+
     # ---- in use ----
 
     def encode(self, x: Tensor) -> Tensor:

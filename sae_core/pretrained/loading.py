@@ -3,13 +3,12 @@
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_core.checkpoint import FLAT_WEIGHT_KEYS, load_sae, load_sparsity
+from sae_core.checkpoint import CONFIG, FLAT_WEIGHT_KEYS, WEIGHTS, load_sae, load_sparsity
 from sae_core.errors import CheckpointError
 from sae_core.pretrained import hub
 from sae_core.pretrained.formats import ACCEPTED, FORMATS, Format, of_file, of_folder
@@ -35,7 +34,7 @@ def from_pretrained(
     force_download: bool = False,
 ) -> SAE:
     """See SAE.from_pretrained."""
-    if "/" in release and not is_release(release):
+    if isinstance(release, str) and "/" in release and not is_release(release):
         return from_hub(release, sae_id, revision=revision, device=device, dtype=dtype, force_download=force_download)
     entry = find(release, sae_id)
     format = FORMATS[entry.format]
@@ -84,26 +83,31 @@ def load(path: str | Path, device: Device = "cpu", dtype: DType = None) -> SAE:
         if format is None:
             raise CheckpointError(f"{folder}: a file in no known format; accepted is {ACCEPTED}")
         return _read(_local(folder), format, device, dtype)
-    found = of_folder(_names(folder), str(folder))
+    names = _names(folder)
+    if names is None:  # as reading it will say
+        return load_sae(folder, device=device, dtype=dtype)
+    found = of_folder(names, str(folder))
+    if found is None and not {CONFIG, WEIGHTS} & set(names):
+        raise CheckpointError(f"{folder}: {_nothing(names)}; accepted is {ACCEPTED}")
     if found is None or found[0].read is None:
         return load_sae(folder, device=device, dtype=dtype)
     format, file = found
     return _read(_local(folder if file is None else folder / file), format, device, dtype)
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """What lies in a folder, and in its `checkpoints`; nothing if it cannot be listed, as reading it will say."""
-    for above in ("", "checkpoints"):
-        try:
-            found = sorted(os.listdir(folder / above))
-        except OSError:
-            continue
-        yield from (f"{above}/{name}" if above else name for name in found)
+def _names(folder: Path) -> list[str] | None:
+    """What lies in a folder, and in its `checkpoints`; None if it cannot be listed."""
+    try:
+        names = sorted(os.listdir(folder))
+        below = sorted(os.listdir(folder / "checkpoints")) if "checkpoints" in names else []
+    except OSError:
+        return None
+    return [*names, *(f"checkpoints/{name}" for name in below)]
 
 
 def _nothing(names: list[str]) -> str:
     if not names:
-        return "no such folder or file, or an empty one"
+        return "empty, or not there"
     return f"no SAE; it has {', '.join(sorted(names)[:12])}{', ...' if len(names) > 12 else ''}"
 
 

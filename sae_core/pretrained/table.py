@@ -90,6 +90,9 @@ def releases(model: str | None = None, release: str | None = None) -> "pd.DataFr
 
 def find(release: str, sae_id: str) -> Entry:
     """The SAE of this name; UserError with the nearest names for one that is not there, or not readable."""
+    for name, value in (("release", release), ("sae_id", sae_id)):
+        if not isinstance(value, str):
+            raise UserError(f"{name} is {value!r}; accepted is a name: {HOW_TO_LIST}")
     known = entries(named(release))
     if sae_id in known:
         entry = known[sae_id]

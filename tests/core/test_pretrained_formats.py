@@ -374,6 +374,15 @@ def test_an_unknown_file(tmp_path):
         SAE.load(tmp_path / "x.pt")
 
 
+def test_a_folder_of_folders_says_what_it_has(tmp_path):
+    in_folder(tmp_path, world.gemma_scope("layer_3"))
+    with pytest.raises(CheckpointError, match=r"no SAE; it has layer_3; accepted is a folder with cfg.json"):
+        SAE.load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty, or not there"):
+        SAE.load(tmp_path / "empty")
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         SAE.load(tmp_path / "nowhere")

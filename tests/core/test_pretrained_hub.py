@@ -77,7 +77,7 @@ def test_what_was_downloaded_once_loads_without_the_hub(tmp_path):
     source = first[0]["source"]
     assert (source["repo_id"], source["revision"], source["release"]) == (entry.repo_id, COMMIT, RELEASE)
     assert first[0]["sparsity"] and first[1]["source"]["format"] == "llama_scope"
-    assert "no such folder or file" in first[2]["error"]
+    assert "empty, or not there" in first[2]["error"]
     assert "someone/else: the hub does not give it (RepositoryNotFoundError" in first[3]["error"]
     assert "no SAE; it has a" in first[4]["error"]
     # all files of an SAE come from the commit that the first of them came from
@@ -167,6 +167,8 @@ def test_a_release_may_go_by_another_name(given, meant):
         (RELEASE, "", r"releases\(release='gpt2-small-res-jb'\) lists them"),
         ("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post", "cannot be loaded: temporal SAEs"),
         ("gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_70", "average_l0_71"),
+        (RELEASE, 8, "sae_id is 8; accepted is a name"),
+        (None, SAE_ID, "release is None; accepted is a name"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(release, sae_id, message, cache):
@@ -203,6 +205,13 @@ def test_a_scale_that_nobody_states_is_asked_for(cache):
     in_cache(cache, entry.repo_id, world.legacy(entry.path, normalize_activations=True))
     with pytest.raises(CheckpointError, match="expected_average_only_in.*is missing"):
         SAE.from_pretrained(RELEASE, SAE_ID)
+
+
+def test_a_release_by_another_name_loads(cache):
+    fill(cache, "SAELens of 2024, another release")
+    sae = SAE.from_pretrained("gemma-2b-res", "blocks.6.hook_resid_post")
+    assert sae.cfg.metadata["source"]["release"] == "gemma-2b-res-jb"
+    assert sae.cfg.metadata["neuronpedia_id"] == "gemma-2b/6-res-jb"
 
 
 # ---- unpacking ----

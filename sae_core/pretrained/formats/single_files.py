@@ -72,7 +72,6 @@ def _openai(place: Place, state: Mapping[str, Any], tensors: Mapping[str, Tensor
         "hook_name": f"blocks.{layer}.{hook}" if hook is not None and layer is not None else None,
         "dataset_path": "Skylion007/openwebtext",
         "context_size": 64,
-        "prepend_bos": False,
     }
     architecture = "topk" if activation == "TopK" else "standard"
     return Weights(architecture, taken, config, metadata, format="openai")

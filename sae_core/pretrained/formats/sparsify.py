@@ -63,7 +63,7 @@ def run_config(path: str) -> str | None:
 
 def _metadata(place: Place, transcoder: bool) -> dict[str, Any]:
     """Of the module that the folder is named after, and of the configuration of the run, beside the SAEs' folders."""
-    metadata: dict[str, Any] = {"prepend_bos": True}
+    metadata: dict[str, Any] = {}
     run = run_config(place.path)
     if run is not None and place.has(run):
         raw = place.json(run)
