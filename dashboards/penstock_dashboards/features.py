@@ -234,11 +234,12 @@ class _Pages:
     def _html(self, more: Mapping[str, Any], index: bytes, chunks: list[bytes], connect: str = "") -> str:
         sae, data = self.about["sae"], self.about["data"]
         title = _clean(_title(sae))
-        neuronpedia = str((sae.get("metadata") or {}).get("neuronpedia_id") or "")
+        metadata = sae.get("metadata") or {}
+        neuronpedia = str(metadata.get("neuronpedia_id") or "")
         described = {
             "title": title,
             "sae": {name: _clean(sae.get(name)) for name in ("id", "sweep", "folder", "architecture", "d_sae", "d_in")},
-            "metadata": _clean(sae.get("metadata") or {}),
+            "metadata": _clean({name: metadata.get(name) for name in ("model_name", "hook_name", "hook_name_out")}),
             "data": _clean(data),
             "figures": _clean(self.about["figures"] or {}),
             "settings": self.about["settings"],

@@ -372,6 +372,12 @@ def test_on_a_phone_the_list_and_a_latent_take_turns(chromium, written):
         page.locator("#option-3").tap()
         page.go_back()
         page.locator("#list").wait_for()
+        page.locator("#list").evaluate("list => { list.scrollTop = 3000; }")
+        page.locator("#option-53").tap()
+        page.locator(".neighbour").first.tap()
+        assert shown(page) == "Latent 54"
+        page.get_by_role("button", name="Back to the list").tap()
+        assert page.locator("#list").evaluate("list => list.scrollTop") == 3000 and {53, 54} <= set(listed(page))
     with opened(chromium, written, hash="#latent=3", viewport={"width": 390, "height": 844}) as page:
         page.get_by_role("button", name="Back to the list").click()
         assert page.locator("#list").is_visible()

@@ -112,8 +112,8 @@ function address() {
 
 function remember(push = false) {
   try {
-    if (push) history.pushState({ within: true }, "", address());
-    else history.replaceState(history.state, "", address());
+    if (push) history.pushState(null, "", address());
+    else history.replaceState(null, "", address());
   } catch {}  // a frame without an address of its own
 }
 
@@ -329,9 +329,11 @@ function markPicked() {
   else byId("list").removeAttribute("aria-activedescendant");
 }
 
-function reveal() {
-  const place = PLACE.get(ROW_OF.get(STATE.latent)), list = byId("list");
-  if (place === undefined) return;
+let listTop = 0, lastRead = null;  // a list that is hidden forgets where it stood
+
+function reveal(latent = STATE.latent) {
+  const place = PLACE.get(ROW_OF.get(latent)), list = byId("list");
+  if (place === undefined || !list.clientHeight) return;
   const top = place * ROW;
   if (top < list.scrollTop || top + ROW > list.scrollTop + list.clientHeight)
     list.scrollTop = top < list.scrollTop && top > list.scrollTop - 2 * ROW ? top
@@ -355,6 +357,7 @@ let VIEW = "";  // how its examples are set
 const VIEWS = { aligned: "Aligned", flowing: "Flowing", lines: "Lines" };
 
 function show(latent, { push = false, focus = false } = {}) {
+  lastRead = latent ?? STATE.latent;
   STATE.latent = latent;
   remember(push);
   reveal();
@@ -369,7 +372,10 @@ async function drawPanel() {
   document.body.dataset.shown = STATE.latent === null ? "list" : "latent";
   document.title = `${STATE.latent === null ? "" : `Latent ${STATE.latent} · `}${DATA.title} · Penstock features`;
   hideTip();
-  if (STATE.latent === null) return setPanel("Overview", overview());
+  if (STATE.latent === null) {
+    byId("list").scrollTop = listTop;
+    return setPanel("Overview", overview());
+  }
   byId("panel").ariaBusy = "true";
   try {
     const chunk = await chunkOf(row);
@@ -419,9 +425,10 @@ function panelHead(row) {
     element("div", { className: "actions" }, there || null, whole, link, before, after));
 }
 
-function leave() {
-  if (history.state?.within) history.back();
-  else show(null);
+function leave() {  // to the list, and where in it one was
+  show(null, { push: true });
+  byId("list").scrollTop = listTop;
+  reveal(lastRead);
   byId("list").focus({ preventScroll: true });
 }
 
@@ -698,7 +705,10 @@ function listen() {
   byId("sort").addEventListener("change", event => ask({ sort: event.target.value, turned: false }));
   byId("direction").addEventListener("click", () => ask({ turned: !STATE.turned, sort: sortedBy() }));
   const list = byId("list");
-  list.addEventListener("scroll", drawRows, { passive: true });
+  list.addEventListener("scroll", () => {
+    if (list.clientHeight) listTop = list.scrollTop;
+    drawRows();
+  }, { passive: true });
   list.addEventListener("click", event => {
     const made = event.target.closest(".option");
     if (made) show(LATENTS.latent[made.dataset.row], { push: true, focus: narrow() });
