@@ -431,12 +431,12 @@ def _check_shown(arguments: argparse.Namespace) -> None:
     if page is not None and (not page.endswith(".html") or Path(page).is_dir()
                              or not Path(page).absolute().parent.is_dir()):  # fmt: skip
         raise SweepError(f"--page {page!r}: accepted is an .html file in a folder that is there")
-    if to is not None and Path(to).is_file():
-        raise SweepError(f"--neuronpedia {to!r} is a file; accepted: a new or empty folder")
+    if to is not None and (Path(to).is_file() or (Path(to).is_dir() and any(Path(to).iterdir()))):
+        raise SweepError(f"--neuronpedia {to!r} is there already; accepted: a new or empty folder")
     if arguments.port is not None and not arguments.serve:
         raise SweepError(f"--port {arguments.port}: accepted with --serve alone")
-    if arguments.serve:
-        _free_port(arguments.port or 0)
+    if arguments.port is not None:
+        _free_port(arguments.port)
 
 
 def _make_features(arguments: argparse.Namespace, home: Home, ours: Sequence[str]) -> list[Path]:
@@ -473,11 +473,10 @@ def _make_features(arguments: argparse.Namespace, home: Home, ours: Sequence[str
 
 def _show_features(arguments: argparse.Namespace, folders: Sequence[Path]) -> int:
     """Write, export and serve what is asked for; say how to, where nothing is."""
-    from penstock.features import describe
     from sae_core.analysis.feature_files import read_features
 
     for folder in folders:
-        print(f"{folder}: {describe(read_features(folder))}", flush=True)
+        print(f"{folder}: {read_features(folder).summary}", flush=True)
     if arguments.page is not None:
         from penstock_dashboards.features import write_page
 

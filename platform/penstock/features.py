@@ -37,7 +37,7 @@ from penstock.subjects import load_subject
 from penstock.tokens import TokenStore, load_tokenizer
 from penstock.tracking import SweepRuns, connect, find_sweep, reported, sweep_table
 from sae_core import SAE
-from sae_core.analysis.feature_files import Features, FeatureWriter, is_features, read_features
+from sae_core.analysis.feature_files import FeatureWriter, is_features, read_features
 from sae_core.analysis.features import (
     BINS,
     FeatureSettings,
@@ -475,17 +475,6 @@ class _Figures:
         found = {"l0": self.fired / max(self.n_tokens, 1), "dead_fraction": self.dead / d_sae}
         explained = self.explained_variance
         return found | ({} if explained is None or not math.isfinite(explained) else {"explained_variance": explained})
-
-
-def describe(features: Features) -> str:
-    """A line of figures."""
-    sae, data, figures = features.about["sae"], features.about["data"], features.about["figures"]
-    dead = round(figures["dead_fraction"] * sae["d_sae"])
-    explained = figures.get("explained_variance")
-    return (
-        f"{sae['d_sae']:,} latents, {dead:,} of them dead on {data['tokens']:,} tokens; L0 {figures['l0']:.3g}"
-        + ("" if explained is None else f", {explained:.1%} of the variance explained")
-    )  # fmt: skip
 
 
 # ---- who does the work ----------------------------------------------------------------------------------------------

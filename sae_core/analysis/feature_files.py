@@ -122,6 +122,15 @@ class Features:
         """Text by token."""
         return dict(zip(self.vocabulary["token"].to_pylist(), self.vocabulary["text"].to_pylist(), strict=True))
 
+    @property
+    def summary(self) -> str:
+        """A line of figures."""
+        sae, data, figures = self.about["sae"], self.about["data"], self.about["figures"]
+        dead, explained = round(figures["dead_fraction"] * sae["d_sae"]), figures.get("explained_variance")
+        of_variance = "" if explained is None else f", {explained:.1%} of the variance explained"
+        return (f"{sae['d_sae']:,} latents, {dead:,} of them dead on {data['tokens']:,} tokens; "
+                f"L0 {figures['l0']:.3g}{of_variance}")  # fmt: skip
+
 
 def is_features(folder: str | Path) -> bool:
     """Whether a folder holds features, of this format or another."""

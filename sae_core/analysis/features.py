@@ -94,9 +94,10 @@ class FeatureSettings:
 
     @property
     def bytes_per_latent(self) -> int:
-        """What a latent takes at most, twice over while the best are picked: examples, sums, histogram."""
+        """What a latent takes at most: examples, of which there are four times as many while the best are picked and
+        parts are merged, histogram and sums, of which there are three."""
         example = 4 * self.window + 4 + 4 + 8 + 8 + 4
-        return 2 * (self.top + self.sample) * example + 8 * (len(BINS) - 1) + 20
+        return 4 * (self.top + self.sample) * example + 3 * (8 * (len(BINS) - 1) + 20)
 
 
 def latent_groups(d_sae: int, settings: FeatureSettings, budget_bytes: int) -> list[range]:
@@ -158,18 +159,20 @@ class Best:
     def add(self, found: Examples) -> None:
         if self.size and len(found):
             self._pending.append(found)
-            if sum(map(len, self._pending)) > max(_LEAST_PENDING, len(self._kept)):
+            if sum(map(len, self._pending)) > max(_LEAST_PENDING, len(self._kept) // 2):
                 self.examples()
 
     def examples(self) -> Examples:
         """The best of all that was added: by latent, and of each the best first."""
         if self._pending:
             every = Examples.join([self._kept, *self._pending])
-            every = every.take(every.rank <= self.limit[every.latent])
-            order = np.lexsort((every.position, every.row, every.rank, every.latent))
+            self._kept, self._pending = every, []  # lets the parts go
+            order = np.flatnonzero(every.rank <= self.limit[every.latent])
+            keys = (every.position[order], every.row[order], every.rank[order], every.latent[order])
+            order = order[np.lexsort(keys)]
             latent = every.latent[order]
             place = np.arange(len(order)) - np.searchsorted(latent, latent)
-            self._kept, self._pending = every.take(order[place < self.size]), []
+            self._kept = every.take(order[place < self.size])
             last = latent[place == self.size - 1]
             self.limit[last] = every.rank[order[place == self.size - 1]]
         return self._kept
@@ -302,10 +305,12 @@ class FeaturePass:
     def _add_peaks(self, f: Tensor, peaks: Tensor, first_row: int) -> None:
         worst = _activation_of(torch.from_numpy(self.top.limit).to(f.device))
         places = torch.arange(self.context_size, device=f.device)
-        step = max(1, (1 << 22) // self.context_size)  # peaks whose whole rows are looked through at a time
+        step = max(1, (1 << 20) // self.context_size)  # peaks whose whole rows are looked through at a time
         for found in (peaks >= worst).nonzero().split(step):
             row, latent = found.unbind(1)
             height = peaks[row, latent]
+            chosen = self._with_a_chance(self.top, _rank_of(height), latent)
+            row, latent, height = row[chosen], latent[chosen], height[chosen]
             # the first of equal ones, which argmax does not promise
             position = torch.where(f[row, :, latent] == height[:, None], places, self.context_size).amin(1)
             self.top.add(self._examples(f, first_row, row, position, latent, height, _rank_of(height)))
@@ -313,10 +318,16 @@ class FeaturePass:
     def _add_sample(self, f: Tensor, first_row: int, token: Tensor, latent: Tensor, values: Tensor) -> None:
         place = token + first_row * self.context_size
         hashed = place_hash(place, latent + self.first_latent)
-        chosen = (hashed <= torch.from_numpy(self.sample.limit).to(f.device)[latent]).nonzero()[:, 0]
-        token, latent = token[chosen], latent[chosen]
-        row, position = token // self.context_size, token % self.context_size
-        self.sample.add(self._examples(f, first_row, row, position, latent, values[chosen], hashed[chosen]))
+        for some in self._with_a_chance(self.sample, hashed, latent).split(_LEAST_PENDING):
+            chosen = some[self._with_a_chance(self.sample, hashed[some], latent[some])]
+            row, position = token[chosen] // self.context_size, token[chosen] % self.context_size
+            found = self._examples(f, first_row, row, position, latent[chosen], values[chosen], hashed[chosen])
+            self.sample.add(found)
+
+    @staticmethod
+    def _with_a_chance(best: Best, rank: Tensor, latent: Tensor) -> Tensor:
+        """The indices of what may be among the best; fewer and fewer, as more is known."""
+        return (rank <= torch.from_numpy(best.limit).to(rank.device)[latent]).nonzero()[:, 0]
 
     def _examples(
         self, f: Tensor, first_row: int, row: Tensor, position: Tensor, latent: Tensor, height: Tensor, rank: Tensor

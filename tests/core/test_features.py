@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -212,13 +213,23 @@ def test_groups_keep_within_the_budget_and_cover_every_latent():
 
 
 def test_what_is_held_at_most_is_what_was_announced():
-    """Every latent fires everywhere: the fullest state there is."""
-    settings = FeatureSettings(top=5, quantiles=2, per_quantile=2)
-    f = torch.rand(30, 20, 50, generator=torch.Generator().manual_seed(0)) + 0.1
-    found = merged(f, ((0, 30),), settings=settings)
-    held = sum(array.nbytes for part in (found.top, found.sample) for array in vars(part).values())
-    held += found.totals.histogram.nbytes + found.totals.total.nbytes + found.totals.fired.nbytes
-    assert held <= 50 * settings.bytes_per_latent <= 2.5 * held
+    """Every latent fires everywhere: the fullest state there is, and the most candidates."""
+    settings, generator, latents = FeatureSettings(top=8, quantiles=4, per_quantile=4), torch.Generator(), 1500
+    found = MergedFeatures(latents, settings)
+    tracemalloc.start()
+    try:
+        for number in range(6):
+            one = FeaturePass(latents, 20, settings, limits=found.limits)
+            for row in range(0, 16, 8):
+                f = torch.rand(8, 20, latents, generator=generator.manual_seed(100 * number + row))
+                one.add(f, 16 * number + row, 160)
+            found.add(number, one.part())
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.top) == 8 * latents and len(found.sample) == 32 * latents
+    announced, candidates = latents * settings.bytes_per_latent, 4 << 20  # of a batch, whatever the latents
+    assert 0.2 * announced < held < most < announced + candidates
 
 
 # ---- running an SAE -------------------------------------------------------------------------------------------------

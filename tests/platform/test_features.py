@@ -282,8 +282,11 @@ def test_the_command_prints_the_folder_figures_and_what_comes_next(home, made, d
     printed = capsys.readouterr().out
     assert f"{to}: 512 latents" in printed and "L0 16" in printed and "of the variance explained" in printed
     assert f"penstock features {to} --serve" in printed and f"penstock features {to} --page cli.html" in printed
-    assert run(to) == 0  # a finished folder: nothing is computed
-    assert capsys.readouterr().err == ""
+    page, exported = tmp_path / "cli.html", tmp_path / "neuronpedia"
+    assert run(to, "--page", page, "--neuronpedia", exported) == 0  # a finished folder: nothing is computed
+    printed = capsys.readouterr()
+    assert printed.err == "" and f"page: {page}" in printed.out and "--serve" not in printed.out
+    assert page.read_text().startswith("<!doctype html>") and any(exported.glob("batch-*.json"))
     assert read_features(to).about["settings"]["top"] == 20
 
 
@@ -300,7 +303,7 @@ def test_the_command_prints_the_folder_figures_and_what_comes_next(home, made, d
         (("SAE", "--context", "1"), "--context 1: input should be greater than 1"),
         (("SAE", "--page", "page.txt"), "--page 'page.txt': accepted is an .html file"),
         (("SAE", "--port", "80"), "--port 80: accepted with --serve alone"),
-        (("SAE", "--neuronpedia", "FOREIGN/keep.txt"), "is a file; accepted: a new or empty folder"),
+        (("SAE", "--neuronpedia", "FOREIGN"), "is there already; accepted: a new or empty folder"),
         (("MADE", "--tokens", "10"), "--tokens cannot be given for features"),
         (("MADE", "--to", "x"), "--to cannot be given for features"),
         (("SAE", "--address", "127.0.0.1:1"), "no Ray cluster answers there"),
