@@ -23,9 +23,21 @@ and its error together are the identity. So each hook point is judged by itself:
 of a later one again, and effects are not to be added up over hook points.
 
 Marks et al. have one line a hook point, `paths=1`: it ends where nothing is left of the activations, far from where an
-ablation of one node leads. With as many lines as nodes the estimate is what `ablate` measures. A few lines are most of
-the way: on the demo model, SAEs of 512 latents with 16 active, prompts of 23 to 60 tokens, the share of the 50 largest
-true effects found was RECALL.
+ablation of one node leads. With as many lines as nodes the estimate is what `ablate` measures; a few are most of the
+way. On the demo model, 34 SAEs of 1024 latents (all architectures, L0 3 to 37) after blocks.1 and blocks.4, the
+difference of the two largest logits as the metric: the share of the 50 largest true effects at a hook point that were
+among the 50 largest estimates there, mean over SAEs and prompts,
+
+                                               8 prompts of 15 to 33 tokens      4 of 48 tokens
+    gradient                                            0.82, 0.85                 0.67, 0.83
+    integrated_gradients                                0.88, 0.94                 0.87, 0.94
+    integrated_gradients, paths=1, steps=16             0.72, 0.72                 0.58, 0.64
+    direct                                              0.28, 0.35                 0.20, 0.32
+
+and the same to 0.01 with the norm's scale held in both (paths=1: up to 0.05 more). What a gradient misses is above all
+a latent that fires at every position (position itself, as it seems): set to 0, it changes where later layers look,
+which is nothing of first order. `direct` is no estimate of the whole effect: it leaves out what later layers do with a
+node.
 
 `freeze_norm` holds the scale of the final norm at what it is in the model as it is: the effect on the logit's numerator
 alone. Otherwise an ablation changes it as well.
@@ -39,7 +51,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sae_core.analysis.metrics import Metric, log_prob, logit, logit_difference
+from sae_core.analysis.metrics import Metric, PositionMetric, log_prob, logit, logit_difference
 from sae_core.analysis.nodes import ERROR, Nodes, Place, Positions, SAEs, nodes_of, places_of
 from sae_core.analysis.passes import Passes, Tokens, apart_from_inference_mode, gradients_at, rows_of
 from sae_core.errors import ConfigError
@@ -59,8 +71,9 @@ Node = tuple[str, int, int | str] | tuple[str, int, int, int | str]
 # What a hook point's activations become part of without a nonlinearity: the residual stream, or what adds to it
 _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 _LINEAR_INTO = {"attn.hook_z": "hook_attn_out", "mlp.hook_post": "hook_mlp_out"}
-_TOKENS_AT_ONCE = {"cpu": 2048}  # of ablated rows in a pass; elsewhere:
-_TOKENS_AT_ONCE_ELSEWHERE = 1 << 15
+# Tokens in a pass that several ablations share: on a CPU, where more are no faster, and elsewhere
+_TOKENS_AT_ONCE, _TOKENS_AT_ONCE_ELSEWHERE = 1 << 11, 1 << 15
+_SHARE_WITH_GRADIENTS = 8  # elsewhere: all layers' activations are kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -273,7 +286,9 @@ def _integrated(
         dealt = torch.randperm(len(nodes), generator=torch.Generator().manual_seed(0)).to(nodes.row.device)
         effect = torch.zeros(len(nodes), dtype=torch.float64, device=nodes.row.device)
         expected = 0.0
-        at_once = max(1, tokens_at_once(ids.device) // ids.numel())
+        at_once = max(1, tokens_at_once(ids.device, gradients=True) // ids.numel())
+        if not isinstance(metric, PositionMetric):  # which has logits of all positions
+            at_once = 1
         for lines in _several([dealt[line::paths] for line in range(min(paths, len(nodes)))], at_once):
             vectors = [nodes.vectors(line) for line in lines]
             whole = torch.stack([nodes.placed(*both) for both in zip(lines, vectors, strict=True)])
@@ -298,9 +313,11 @@ def _several(things: list[Any], at_once: int) -> Iterable[list[Any]]:
     return (things[start : start + at_once] for start in range(0, len(things), at_once))
 
 
-def tokens_at_once(device: torch.device) -> int:
-    """Tokens in a pass."""
-    return _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+def tokens_at_once(device: torch.device, gradients: bool = False) -> int:
+    """How many tokens share a pass."""
+    if device.type == "cpu":
+        return _TOKENS_AT_ONCE
+    return _TOKENS_AT_ONCE_ELSEWHERE // (_SHARE_WITH_GRADIENTS if gradients else 1)
 
 
 def _less(place: Place, activations: Tensor, vectors: Tensor) -> Tensor:

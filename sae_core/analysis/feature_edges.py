@@ -9,8 +9,10 @@ nodes of hook points in between; here those are a part of the model). The errors
 of their own.
 
 A gradient does not see that a downstream feature is switched off, and is far off where an upstream feature fires at
-every position, a direction of the position itself, say. EDGES `"ablation"` takes one pass an upstream node,
-whatever the number of targets.
+every position, a direction of the position itself, say. On the demo model (topk SAEs of 512 latents with 16 active
+after blocks.1 and blocks.4, eight prompts of 15 to 33 tokens, the 10 most active downstream features) it found 0.58 of
+the 50 largest true effects, and 0.90 of them with such upstream latents left out of both. `"ablation"` takes one pass
+an upstream node, whatever the number of targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,7 +112,7 @@ def edges(
         with torch.enable_grad():  # so that a hook point which nothing upstream reaches is seen
             clean = reader.latents(passes.activations.clone().requires_grad_())[0].detach()
         position, latent = _targets(targets, clean, down, top)
-        at_once = at_once or max(1, tokens_at_once(ids.device) // ids.shape[1])
+        at_once = at_once or max(1, tokens_at_once(ids.device, gradients=method == "gradient") // ids.shape[1])
         measure = _by_gradient if method == "gradient" else _by_ablation
         effect = measure(passes, reader, nodes, clean, position, latent, at_once)
         tokenizer = getattr(model, "tokenizer", None)

@@ -94,8 +94,8 @@ class Passes:
         if isinstance(self.metric, BoundMetric):
             return self._of_positions(final, rows)
         values = []
-        for row, logits in zip(rows.tolist(), self.rerun.logits(final), strict=True):
-            one = logits[None]
+        for row, of_row in zip(rows.tolist(), final.split(1), strict=True):  # one at a time: logits are large
+            one = self.rerun.logits(of_row)
             if len(self.rows) > 1:
                 one = torch.cat([self.clean_logits[:row], one, self.clean_logits[row + 1 :]])
             values.append(self._scalar(one))

@@ -145,6 +145,34 @@ def test_an_ablation_sets_one_node_to_zero_and_leaves_the_rest(tiny_model, token
         np.testing.assert_allclose(effects.effect, [expected[node] for node in effects.nodes()], atol=2e-4)
 
 
+def test_an_sae_of_one_head(tiny_model, tokens):
+    """It reads and changes that head alone."""
+    name = "blocks.1.attn.hook_z"
+    sae = make_sae("topk", name, {"d_in": 8})
+    sae.cfg.metadata["hook_head_index"] = 2
+    true = ablate(tiny_model, sae, tokens, logit(3))[name]
+    node = int(true.order()[0])
+    seen = []
+    with torch.no_grad():
+        before = logit(3)(tiny_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda z, hook: seen.append(z))]))
+        z = seen[0].reshape(2, 9, 4, 8)[:, :, 2]
+        f = sae.encode(z)
+        assert (len(true), true.is_error.sum()) == (int((f != 0).sum()) + 18, 18)
+        row, position, latent = true.nodes()[node]
+        vector = (z - sae.decode(f))[row, position]
+        if latent != ERROR:
+            vector = f[row, position, latent] * sae.W_dec[latent]
+        changed = seen[0].clone()
+        changed.view(2, 9, 4, 8)[row, position, 2] -= vector
+        after = logit(3)(tiny_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda z, hook: changed)]))
+    assert true.effect[node] == pytest.approx(float(before - after), abs=1e-4)
+    exact = attribute(
+        tiny_model, sae, tokens, logit(3), method="integrated_gradients", paths=1000, steps=20, positions=8
+    )[name]
+    at = true.position == 8
+    np.testing.assert_allclose(exact.effect, true.effect[at], atol=1e-3)
+
+
 def test_a_hooked_transformer_with_rms_norms(hooked, tokens):
     sae = make_sae(*CASES["topk"])
     with torch.no_grad():
