@@ -59,9 +59,8 @@ def with_saes(model: Any) -> Any:
         raise ConfigError(
             f"model is a {type(model).__name__}; accepted: TransformerLens' TransformerBridge or HookedTransformer"
         )
-    for name in ("hook_dict", "mod_dict"):  # plain attributes of a HookedTransformer
-        if name in vars(model):
-            vars(model)[f"_own_{name}"] = vars(model).pop(name)
+    if "hook_dict" in vars(model):  # a plain attribute of a HookedTransformer
+        vars(model)["_own_hook_dict"] = vars(model).pop("hook_dict")
     model.__class__ = _spliced_class(type(model))
     model._splices = {}
     model._generation = None
@@ -261,22 +260,22 @@ class SplicedModel:
     @property
     def hook_dict(self) -> dict[str, Any]:
         own = vars(self).get("_own_hook_dict")
-        return {**(super().hook_dict if own is None else own), **self._sae_hooks()}
+        return {**super().hook_dict, **self._sae_hooks()} if own is None else own
 
     @hook_dict.setter
     def hook_dict(self, value: dict[str, Any]) -> None:
         vars(self)["_own_hook_dict"] = value
 
-    @property
-    def mod_dict(self) -> dict[str, Any]:
-        own = vars(self).get("_own_mod_dict")
-        if own is None:  # a bridge has none
-            raise AttributeError("mod_dict")
-        return {**own, **self._sae_hooks()}
+    def setup(self) -> None:
+        """As HookedTransformer has it, which collects its hook points anew; a bridge has none."""
+        super().setup()
+        self._name_hooks(self._sae_hooks())
 
-    @mod_dict.setter
-    def mod_dict(self, value: dict[str, Any]) -> None:
-        vars(self)["_own_mod_dict"] = value
+    def _name_hooks(self, points: Mapping[str, Any]) -> None:
+        """Put hook points among those that a HookedTransformer knows by name; a bridge asks for them each time."""
+        if "_own_hook_dict" in vars(self):
+            self.hook_dict.update(points)
+            self.mod_dict.update(points)
 
     def _sae_hooks(self) -> dict[str, Any]:
         return {name: point for splice in vars(self)["_splices"].values() for name, point in splice.named_hooks()}
@@ -305,12 +304,16 @@ class SplicedModel:
 
     def _set_splices(self, splices: "dict[str, Splice]") -> None:
         """Put these SAEs, and no others, into the model."""
+        for name in self._sae_hooks() if "_own_hook_dict" in vars(self) else ():
+            self.hook_dict.pop(name, None)
+            self.mod_dict.pop(name, None)
         for splice in self._splices.values():
             splice.take_out()
         # in one order, whatever the order in which they were added: it decides nothing but the order of names
         self._splices = dict(sorted(splices.items()))
         for splice in self._splices.values():
             splice.put_in()
+        self._name_hooks(self._sae_hooks())
 
 
 class Splice:

@@ -148,7 +148,7 @@ def test_transcoders_stand_in_for_what_lies_between_two_hook_points(model, skip)
     before = make(reads, seed=3)
     _, spliced = model.run_with_cache_with_saes(TOKENS, saes=[sae, before])
     torch.testing.assert_close(spliced[f"{writes}.hook_sae_input"], before(cache[reads]), **CLOSE)
-    with model.saes([sae]), pytest.raises(ConfigError, match=r"blocks.1.hook_mlp_out' is written by the SAE that reads"):
+    with model.saes([sae]), pytest.raises(ConfigError, match="blocks.1.hook_mlp_out' is written by the SAE that"):
         model.add_sae(make(writes))
 
 
@@ -308,3 +308,34 @@ def test_hooks_of_a_generation_are_removed_after_an_error(model):
     assert model.generate(TOKENS[:1, :3], **options).shape == (1, 5)
     with pytest.raises(ConfigError, match="no hook point 'blocks.1.resid'"):
         model.generate(TOKENS[:1, :3], fwd_hooks=[("blocks.1.resid", fail)], **options)
+
+
+def test_a_hooked_transformers_processing_is_read_off_its_weights(hooked):
+    own = copy.deepcopy(hooked)
+    own.add_sae(make(metadata={"model_from_pretrained_kwargs": {}}))
+    with pytest.raises(ConfigError, match="with center_writing_weights, and this model.s weights are not"):
+        own.add_sae(make(metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}}))
+    own.reset_saes()
+    own.process_weights_()  # as HookedTransformer.from_pretrained does
+    own.add_sae(make(metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}}))
+    own.setup()  # collects hook points anew
+    assert f"{STREAM}.hook_sae_acts_post" in own.run_with_cache(TOKENS)[1]
+    with pytest.raises(ConfigError, match="no processing, and this model.s weights are as after center_writing"):
+        own.add_sae(make(metadata={"model_from_pretrained_kwargs": {}}))
+    with pytest.raises(ConfigError, match="as after fold_value_biases"):
+        own.add_sae(make("blocks.1.attn.hook_z", metadata={"model_processing": "center"}))
+    with pytest.raises(ConfigError, match="as after fold_ln"):
+        own.add_sae(make("blocks.1.ln2.hook_normalized", metadata={"model_processing": "none"}))
+    with pytest.raises(ConfigError, match=r"'blocks.1.hook_resid_post': metadata.model_processing is 'folded'"):
+        own.add_sae(make(metadata={"model_processing": "folded"}))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_has_its_own_saes(model):
+    model.add_sae(make())
+    spliced, other = model(TOKENS), copy.deepcopy(model)
+    model.reset_saes()
+    torch.testing.assert_close(other(TOKENS), spliced, **CLOSE)
+    other.reset_saes()
+    torch.testing.assert_close(other(TOKENS), model(TOKENS), **CLOSE)
+    assert not torch.allclose(spliced, model(TOKENS), atol=0.05)
