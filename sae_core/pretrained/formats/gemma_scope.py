@@ -20,6 +20,13 @@ from sae_core.pretrained.reading import Place, Weights, flag, matrix, per_latent
 PARAMS, PARAMS_2, CONFIG_2 = "params.npz", "params.safetensors", "config.json"
 _DATA = {"prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted", "context_size": 1024}
 _JUMPRELU = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+# What the path of an SAE of Gemma Scope 2 names: TransformerLens' hook point, and the module of Hugging Face's model.
+_SITES_2 = {
+    "transcoder": ("hook_mlp_in", "pre_feedforward_layernorm.output"),
+    "resid_post": ("hook_resid_post", "output"),
+    "attn_out": ("attn.hook_z", "self_attn.o_proj.input"),
+    "mlp_out": ("hook_mlp_out", "post_feedforward_layernorm.output"),
+}
 _JUMPRELU_2 = {**_JUMPRELU, "W_enc": "w_enc", "W_dec": "w_dec"}
 
 
@@ -78,18 +85,17 @@ def read_gemma_scope_2(place: Place) -> Weights:
     taken = take(tensors, names, place.name)
     taken["threshold"] = per_latent(taken["threshold"], taken, place.name)
     metadata: dict[str, Any] = {**_DATA, "model_name": _gemma_3(config, place)}
-    hooks = {
-        "transcoder": "hook_mlp_in", "resid_post": "hook_resid_post", "attn_out": "attn.hook_z",
-        "mlp_out": "hook_mlp_out",
-    }  # fmt: skip
-    found = next((kind for kind in hooks if kind in place.path), None)
-    if (layer := place.layer()) is not None and found is not None:
-        metadata["hook_name"] = f"blocks.{layer}.{hooks[found]}"
-        if found == "transcoder":
-            metadata["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
+    found = next((kind for kind in _SITES_2 if kind in place.path), None)
     transcoder = found == "transcoder" or skip
-    metadata["hf_hook_name"] = text(config.get("hf_hook_point_in"))
-    metadata["hf_hook_name_out"] = text(config.get("hf_hook_point_out")) if transcoder else None
+    if (layer := place.layer()) is not None and found is not None:
+        hook, module = _SITES_2[found]
+        metadata |= {"hook_name": f"blocks.{layer}.{hook}", "hf_hook_name": f"model.layers.{layer}.{module}"}
+        if transcoder:
+            hook, module = _SITES_2["mlp_out"]
+            metadata |= {"hook_name_out": f"blocks.{layer}.{hook}"}
+            metadata |= {"hf_hook_name_out": f"model.layers.{layer}.{module}"}
+    stated = {"hf_hook_name": "hf_hook_point_in", "hf_hook_name_out": "hf_hook_point_out"}
+    metadata |= {name: text(config[field]) for name, field in stated.items() if text(config.get(field))}
     return Weights(
         architecture="jumprelu",
         tensors=taken,
