@@ -1,6 +1,8 @@
 """`penstock.train(...)`: keywords as a spec. That it runs is in tests/ray."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -73,6 +75,17 @@ def test_the_model_is_asked_before_anything_is_started(tmp_path):
     with pytest.raises(UserError, match=r"has no 'blocks.9.hook_resid_post'"):
         penstock.train(**{**ONE, "hook_point": "blocks.9.hook_resid_post"}, home=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("running", "message"), [(True, r"ray\.shutdown\(\)"), (False, "RAY_AUTH_MODE=token")])
+def test_a_ray_that_is_there_already_is_left_alone(monkeypatch, running, message):
+    from penstock.cluster import connect
+
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: running))
+    with pytest.raises(SweepError, match=message):
+        connect(None)
 
 
 def test_what_came_of_it(finished_home, tmp_path):
