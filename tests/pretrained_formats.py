@@ -259,6 +259,30 @@ def lm_saes(path: str, *, scale: float = 18.36547291092746, include_norms: bool 
     )
 
 
+def lm_saes_of_today(path: str, activation: str) -> Written:
+    """Newer names, two hook points, a scale for each, latents ranked and compared by decoder norms."""
+    w, s_in, s_out, k = plain(), 2.5, 0.8, 4
+    norms = w["W_dec"].norm(dim=1)
+    raw = {"sae_type": "sae", "d_model": D_IN, "expansion_factor": D_SAE / D_IN, "act_fn": activation, "top_k": k,
+           "hook_point_in": "blocks.14.ln2.hook_normalized", "hook_point_out": "blocks.14.hook_mlp_out",
+           "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True}  # fmt: skip
+    stored = {
+        "W_E": w["W_enc"], "W_D": w["W_dec"], "b_E": w["b_enc"], "b_D": w["b_dec"],
+        "dataset_average_activation_norm.blocks.14.ln2.hook_normalized": torch.tensor(D_IN**0.5 / s_in),
+        "dataset_average_activation_norm.blocks.14.hook_mlp_out": torch.tensor(D_IN**0.5 / s_out),
+    }  # fmt: skip
+    if activation == "jumprelu":
+        stored["activation_function.log_jumprelu_threshold"] = w["threshold"].log()
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        weighted = (x * s_in @ w["W_enc"] + w["b_enc"]) * norms
+        g = jump(weighted, w["threshold"]) if activation == "jumprelu" else top_k(weighted, k)
+        # a top-k SAE's latents are as this library and sae_lens have them where norms rank: times those of its rows
+        return g / s_out if activation == "topk" else g / norms, ((g / norms) @ w["W_dec"] + w["b_dec"]) / s_out
+
+    return Written({f"{path}/config.json": raw, f"{path}/sae_weights.safetensors": stored}, function)
+
+
 # ---- dictionary_learning ----
 
 

@@ -122,6 +122,14 @@ def test_newer_llama_scope_folders_know_their_scale_and_norms_themselves(tmp_pat
     assert_computes(load(tmp_path, written), written.function)
 
 
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+def test_lm_saes_of_today(activation, tmp_path):
+    written = world.lm_saes_of_today("sae", activation)
+    sae = load(tmp_path, written)
+    assert sae.cfg.architecture == activation and sae.cfg.metadata["hook_name_out"] == "blocks.14.hook_mlp_out"
+    assert_computes(sae, written.function)
+
+
 @pytest.mark.parametrize("options", [{}, {"transcode": True}, {"transcode": True, "skip": True}])
 def test_sparsify(options, tmp_path):
     written = world.sparsify("layers.5.mlp", **options)

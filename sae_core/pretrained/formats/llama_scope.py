@@ -9,7 +9,8 @@ In training x * s_in is read and y * s_out reconstructed, s = sqrt(d_model) / me
 The older form has one threshold t for all latents, which holds where the authors use an SAE: after the scales have been
 folded into the weights and decoder rows have been made unit vectors. In the units of pre that is t * s_out / n_i (where
 decoder norms do not count: t * s_in). sae_lens 6.54.12 takes t * s_in for all: the same for unit rows. The newer form
-has the logarithm of each latent's threshold, of pre or, where decoder norms count, of pre * n_i.
+has the logarithm of each latent's threshold, of pre or, where decoder norms count, of pre * n_i; by them a top-k SAE
+ranks, too. Its matrices are those of linear layers, or, newer still, W_E [d_in, d_sae] and W_D [d_sae, d_out].
 
 Sources: He et al., "Llama Scope", arXiv 2410.20526; OpenMOSS/Language-Model-SAEs.
 """
@@ -39,6 +40,8 @@ HYPERPARAMS, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _DATA = {"prepend_bos": True, "dataset_path": "cerebras/SlimPajama-627B", "context_size": 1024}
 _LINEAR = {"W_enc": "encoder.weight.T", "W_dec": "decoder.weight.T", "b_enc": "encoder.bias"}
+
+_LOG_THRESHOLD = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 
 
 def read_llama_scope(place: Place) -> Weights:
@@ -70,18 +73,20 @@ def read_lm_saes(place: Place) -> Weights:
     where = f"{place.name}/{CONFIG}"
     tensors = place.safetensors(place.near(WEIGHTS))
     norms = {name: tensors.pop(name) for name in list(tensors) if name.startswith("dataset_average_activation_norm")}
-    if "log_jumprelu_threshold" not in tensors:
-        raise CheckpointError(
-            f"{place.name}: {WEIGHTS} has no tensor log_jumprelu_threshold (it has {sorted(tensors)}); accepted with a "
-            f"{CONFIG} are JumpReLU SAEs of lm-saes"
-        )
-    logarithm = tensors.pop("log_jumprelu_threshold")
+    logarithm = next((tensors.pop(name) for name in _LOG_THRESHOLD if name in tensors), None)
     taken = _linear(raw, tensors, place)
     d_in, _ = matrix(taken, "W_enc", place.name)
     same_sizes(raw, taken, "d_model", "d_sae", where)
-    taken["threshold"] = per_latent(logarithm, taken, place.name).float().exp()
-    if raw.get("sparsity_include_decoder_norm"):
-        taken["threshold"] = taken["threshold"] / _norms(taken["W_dec"])
+    activation, weighted = raw.get("act_fn", "jumprelu"), raw.get("sparsity_include_decoder_norm") is True
+    config: dict[str, Any] = {}
+    if activation == "jumprelu":
+        if logarithm is None:
+            raise CheckpointError(f"{place.name}: act_fn is 'jumprelu', and {WEIGHTS} has no {_LOG_THRESHOLD[0]}")
+        taken["threshold"] = per_latent(logarithm, taken, place.name).float().exp()
+        if weighted:
+            taken["threshold"] = taken["threshold"] / _norms(taken["W_dec"])
+    elif activation == "topk":
+        config = {"k": whole(raw.get("top_k"), "top_k", where), "rescale_acts_by_decoder_norm": weighted}
     hook, hook_out = text(raw.get("hook_point_in")), text(raw.get("hook_point_out"))
     if raw.get("norm_activation") == "inference":
         scales = (1.0, 1.0)
@@ -96,12 +101,14 @@ def read_lm_saes(place: Place) -> Weights:
             )
         means = [positive(float(norm), "dataset_average_activation_norm", where) for norm in found if norm is not None]
         scales = (sqrt(d_in) / means[0], sqrt(d_in) / means[1])
-    return _weights(raw, "jumprelu", taken, {}, scales, place, where, hook_out)
+    return _weights(raw, activation, taken, config, scales, place, where, hook_out)
 
 
 def _linear(raw: dict[str, Any], tensors: dict[str, Tensor], place: Place) -> dict[str, Tensor]:
     if raw.get("use_glu_encoder"):
         raise CheckpointError(f"{place.name}: use_glu_encoder is true; accepted are encoders without a gate (false)")
+    if "W_E" in tensors:
+        return take(tensors, {"W_enc": "W_E", "W_dec": "W_D", "b_enc": "b_E", "b_dec": "b_D"}, place.name)
     if "decoder.bias" in tensors:
         return take(tensors, {**_LINEAR, "b_dec": "decoder.bias"}, place.name)
     taken = take(tensors, _LINEAR, place.name)
