@@ -1,13 +1,13 @@
 """Penstock: sweeps of sparse autoencoders on one stream of activations.
 
 `train(...)` runs one without a spec file. `front(sweep)`, `load_sae(sweep, hook_point=...)` and `pull(sweep,
-hook_point=..., to=...)` read what a sweep made.
+hook_point=..., to=...)` read what a sweep made; `load_model(sae=...)` loads the model of an SAE, to look into.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-_HOME = {"front": "pull", "load_sae": "pull", "pull": "pull", "train": "train_one"}
+_HOME = {"front": "pull", "load_model": "hooked", "load_sae": "pull", "pull": "pull", "train": "train_one"}
 __all__ = ["__version__", *_HOME]
 
 
