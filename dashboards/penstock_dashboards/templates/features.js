@@ -94,8 +94,7 @@ const SORTS = {  // label, its figure by row, whether the highest comes first
   mean: ["Mean activation", row => LATENTS.mean_activation[row], true],
   agreement: ["Agreement of peak tokens", row => LATENTS.agreement[row], true],
 };
-const PLACES = { all: "Everywhere", peak: "Peak token", around: "Text around the peak", top: "Promoted tokens",
-                 bottom: "Suppressed tokens" };
+const PLACES = { all: "Everywhere", peak: "Peak tokens", around: "Around peaks", top: "Promoted", bottom: "Suppressed" };
 const SHOWN = { alive: "Those that fired", all: "All", dead: "Dead ones" };
 const STATE = { latent: null, words: "", where: "all", show: "alive", sort: "", turned: false };
 
