@@ -61,7 +61,7 @@ def fetch(
 
 def names_in(repo_id: str, path: str, revision: str | None = None) -> list[str]:
     """The names of the files and folders in a folder of a repository; those in the cache where the hub cannot be
-    reached. None for a `path` that is not there, or a file."""
+    reached. A `path` that is a file, or not there, has none."""
     path = checked(path)
     if answers():
         from huggingface_hub import HfApi
@@ -106,7 +106,8 @@ def answers() -> bool:
 def _ask(endpoint: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_SECONDS).close()
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError as error:
+        error.close()
         return True
     except urllib.error.URLError as error:  # the client may know certificates that Python does not
         return isinstance(error.reason, ssl.SSLError)

@@ -366,6 +366,12 @@ def test_several_formats_in_one_folder(tmp_path):
         SAE.load(tmp_path / "sae")
 
 
+def test_a_config_beside_sae_lens_files_is_of_something_else(tmp_path):
+    written = world.today("sae")
+    written.files["sae/config.json"] = {"anything": 1}
+    assert_computes(load(tmp_path, written), written.function)
+
+
 def test_an_unknown_folder_is_told_what_it_has_and_what_is_accepted(tmp_path):
     for name in ("model.safetensors", "other.safetensors"):
         world.write_file(tmp_path / "sae" / name, {"x": torch.ones(2)})

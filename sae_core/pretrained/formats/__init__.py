@@ -101,6 +101,8 @@ def of_folder(names: Iterable[str], where: str) -> tuple[Format, str | None] | N
     SAE is one file. None if it holds no weights at all; CheckpointError for what is ambiguous or unknown."""
     there = set(names)
     known = [format for format in _FOLDERS if set(format.required) <= there]
+    if FORMATS["sae_lens"] in known:  # which has a cfg.json of its own: a config.json beside it is of something else
+        known = [format for format in known if format.name != "lm_saes"]
     if len(known) > 1:
         raise CheckpointError(
             f"{where}: has the files of several formats ({', '.join(format.name for format in known)}); accepted is "
