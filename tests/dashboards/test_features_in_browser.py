@@ -444,6 +444,19 @@ def test_text_of_the_corpus_is_text_and_never_markup(chromium, written, page):
         assert again.locator("#search").input_value().startswith("</script>")
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (844, 390), (390, 844)])
+def test_a_long_name_or_a_low_screen_leaves_room_for_the_list(chromium, tmp_path, width, height):
+    long = "layer_" + "x" * 500
+    sae = {"architecture": long, "id": long, "metadata": {"hook_name": long, "model_name": long}}
+    written = write_page(write_features(tmp_path / "f", 40, sae=sae), tmp_path / "p.html").as_uri()
+    with opened(chromium, written, viewport={"width": width, "height": height}) as page:
+        assert page.locator("#list").evaluate("list => list.clientHeight") > 200
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator("#option-0").click()
+        assert page.locator("#panel").evaluate("panel => panel.clientHeight") > 300 and shown(page) == "Latent 0"
+        assert page.evaluate("(one => one.scrollWidth <= one.clientWidth)(document.getElementById('panel'))")
+
+
 def test_names_of_an_sae_are_text(chromium, tmp_path):
     nasty = "</script><img src=x onerror=hacked()><!--\u2028'\"`${hacked()}&amp;"
     metadata = {"hook_name": nasty, "model_name": nasty, "neuronpedia_id": "javascript:hacked()//"}
