@@ -204,13 +204,12 @@ def features_of_folder(
     resources = workers.resources(word.spec.resources)
     if workers.gpus is None and not workers.on_a_cluster:
         resources = resources.model_copy(update={"gpus_per_host": _gpus_each(resources.model_hosts)})
-    spec = word.spec.model_copy(update={"resources": resources})
+    spec = word.spec.model_copy(update={"name": name, "resources": resources})
     ground = _Ground(spec, home, store, _n_rows(store, tokens), settings, workers, budget_gb)
     about = _about_sae(loaded.sae, loaded.site, sae_id, None, name)
     about["metadata"].setdefault("model_name", spec.model.name)
     about["metadata"]["model_processing"] = spec.model.processing
-    is_foreign = loaded.about("source") is not None
-    [made] = _make(ground, [_Looked(sae_id, loaded.sae, loaded.site, target, about, is_foreign)])
+    [made] = _make(ground, [_Looked(sae_id, loaded.sae, loaded.site, target, about, is_foreign=True)])
     return made
 
 

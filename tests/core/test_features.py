@@ -232,6 +232,17 @@ def test_what_is_held_at_most_is_what_was_announced():
     assert 0.2 * announced < held < most < announced + candidates
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_finds_what_a_cpu_finds():
+    here, there = merged(), merged(F.to("cuda"))
+    for name in ("top", "sample"):
+        for key, value in vars(getattr(here, name)).items():
+            np.testing.assert_array_equal(value, getattr(getattr(there, name), key))
+    np.testing.assert_array_equal(here.totals.histogram, there.totals.histogram)
+    np.testing.assert_allclose(here.totals.total, there.totals.total, rtol=1e-14)
+
+
 # ---- running an SAE -------------------------------------------------------------------------------------------------
 
 
