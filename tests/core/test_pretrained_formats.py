@@ -100,8 +100,24 @@ def load(tmp_path, written, path="sae"):
 
 
 def test_an_embeddings_bias_is_scaled_as_its_latents_are(tmp_path):
-    written = world.gemma_scope("embedding", embedding=True)
-    assert_computes(load(tmp_path, written, "embedding"), written.function)
+    written = world.gemma_scope("embedding/width_4k/average_l0_6", embedding=True)
+    assert_computes(load(tmp_path, written, "embedding/width_4k/average_l0_6"), written.function)
+
+
+def test_a_users_own_folders_names_say_nothing(tmp_path):
+    written = world.gemma_scope("transcoders/embedding-research/layer_3")
+    sae = load(tmp_path, written, "transcoders/embedding-research/layer_3")
+    assert not sae.cfg.is_transcoder and "hook_name" not in sae.cfg.metadata
+    assert_computes(sae, written.function)
+
+
+def test_a_copied_folder_of_gemma_scope_2_knows_what_it_is(tmp_path):
+    """By its configuration, or by the folders that it was copied with."""
+    written = world.gemma_scope_2("copied", transcoder=True)
+    assert load(tmp_path, written, "copied").cfg.is_transcoder
+    place = "resid_post/layer_17_width_16k_l0_big"
+    sae = load(tmp_path, world.gemma_scope_2(place, config=False), place)
+    assert sae.cfg.metadata["hook_name"] == "blocks.17.hook_resid_post"
 
 
 @pytest.mark.parametrize("include_norms", [True, False])

@@ -38,9 +38,12 @@ def read_gemma_scope(place: Place) -> Weights:
     taken = take(tensors, _JUMPRELU, place.name)
     taken["threshold"] = per_latent(taken["threshold"], taken, place.name)
     d_in, _ = matrix(taken, "W_enc", place.name)
-    words, layer = place.words, place.layer()
-    transcoder, embedding = "transcoder" in words, "embedding" in place.path
-    metadata: dict[str, Any] = {**_DATA, "model_name": _gemma_2(words)}
+    repository = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)\b", place.words)
+    size, tuning, kind = repository.groups() if repository else (None, None, None)
+    layer, embedding = place.layer(), re.search(r"/embedding/width_", place.words) is not None
+    transcoder = kind == "transcoders"
+    model = None if size is None else f"gemma-2-{size}{'-it' if tuning == 'it' else ''}"
+    metadata: dict[str, Any] = {**_DATA, "model_name": model}
     if transcoder:
         metadata |= {
             "hook_name": f"blocks.{layer}.ln2.hook_normalized",
@@ -49,8 +52,8 @@ def read_gemma_scope(place: Place) -> Weights:
     elif embedding:
         metadata["hook_name"] = "hook_embed"
     else:
-        kinds = {"-res": "hook_resid_post", "-mlp": "hook_mlp_out", "-att": "attn.hook_z"}
-        metadata["hook_name"] = next((f"blocks.{layer}.{hook}" for kind, hook in kinds.items() if kind in words), None)
+        hook = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}.get(kind or "")
+        metadata["hook_name"] = hook and f"blocks.{layer}.{hook}"
     if layer is None and not embedding:
         metadata = {name: value for name, value in metadata.items() if not name.startswith("hook_name")}
     return Weights(
@@ -85,10 +88,11 @@ def read_gemma_scope_2(place: Place) -> Weights:
     taken = take(tensors, names, place.name)
     taken["threshold"] = per_latent(taken["threshold"], taken, place.name)
     metadata: dict[str, Any] = {**_DATA, "model_name": _gemma_3(config, place)}
-    found = next((kind for kind in _SITES_2 if kind in place.path), None)
-    transcoder = found == "transcoder" or skip
+    found = re.search(rf"/({'|'.join(_SITES_2)})(?:_all)?/", place.words)
+    of_transcoders = found is not None and found[1] == "transcoder"
+    transcoder = skip or of_transcoders or text(config.get("hf_hook_point_out")) is not None
     if (layer := place.layer()) is not None and found is not None:
-        hook, module = _SITES_2[found]
+        hook, module = _SITES_2[found[1]]
         metadata |= {"hook_name": f"blocks.{layer}.{hook}", "hf_hook_name": f"model.layers.{layer}.{module}"}
         if transcoder:
             hook, module = _SITES_2["mlp_out"]
@@ -107,11 +111,6 @@ def read_gemma_scope_2(place: Place) -> Weights:
 
 def _heads(metadata: dict[str, Any]) -> dict[str, str]:
     return {"reshape_activations": "hook_z"} if str(metadata.get("hook_name")).endswith("hook_z") else {}
-
-
-def _gemma_2(words: str) -> str | None:
-    size = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)", words)
-    return None if size is None else f"gemma-2-{size[1]}{'-it' if size[2] == 'it' else ''}"
 
 
 def _gemma_3(config: dict[str, Any], place: Place) -> str | None:
