@@ -1,5 +1,6 @@
 """SAELens' keywords of a training run, as a sweep's spec."""
 
+import json
 import subprocess
 import sys
 
@@ -62,6 +63,30 @@ def test_the_script_that_circulates():
     assert train.dead_after_tokens == 50 * 2048 and train.adam_betas == (0.0, 0.999)
     assert spec.tracking.wandb_project == "sae-training" and spec.baselines.k == []
     assert not spec.data.exclude.special_tokens and spec.data.exclude.first_positions == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "tokenized", "expected"),
+    [
+        (["text"], None, (None, "text")),
+        (["tokens", "text"], None, ("tokens", "text")),
+        (["input_ids"], True, ("input_ids", "text")),
+        (["tokens", "text"], False, (None, "text")),
+        (["problem"], None, (None, "problem")),
+    ],
+)
+def test_the_column_is_found_and_a_small_dataset_is_begun_again(tmp_path, columns, tokenized, expected):
+    values = {"tokens": [5] * 40, "input_ids": [5] * 40, "text": "def area(width): return 1", "problem": "x = 1 + 2"}
+    rows = [{name: values[name] for name in columns} for _ in range(200)]
+    for index, row in enumerate(rows):  # which split a document is in depends on it
+        for name in columns:
+            row[name] = [*row[name], index] if isinstance(row[name], list) else f"{row[name]} {index}"
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = spec_of(
+        dataset_path=str(tmp_path / "data.jsonl"), is_dataset_tokenized=tokenized, context_size=16, n_eval_batches=1,
+        eval_batch_size_prompts=1, training_tokens=200_000,
+    ).data  # fmt: skip
+    assert (data.tokens_column, data.text_column) == expected and data.epochs > 1
 
 
 def test_the_names_of_the_first_versions():

@@ -26,6 +26,7 @@ _SCHEDULES = {  # SAELens' names, those of version 1 among them, as ours
     "constant": "constant", "constantwithwarmup": "constant", "linearwarmupdecay": "linear",
     "cosineannealing": "cosine", "cosineannealingwarmup": "cosine", "cosine": "cosine",
 }  # fmt: skip
+_EPOCHS = 1000  # SAELens begins a dataset again as often as it takes; the plan says how often that is
 # The keywords of the SAE that mean something for some architectures alone.
 _ONLY_FOR = {
     "k": _SPARSE_BY_K,
@@ -333,6 +334,8 @@ class _Resolver:
         cfg = self.cfg
         data: dict[str, Any] = {
             "dataset": cfg.dataset_path, "context_size": cfg.context_size, "bos": cfg.prepend_bos, "seed": cfg.seed,
+            "epochs": _EPOCHS,
+            "search_tokens": cfg.context_size,  # of a split by which nothing is decided here
         }  # fmt: skip
         data |= self._column()
         data["exclude"] = self._exclude()

@@ -68,7 +68,7 @@ KEYWORDS: dict[str, Keyword] = {
     "hook_eval": _same("NOT_IN_USE", "SAELens does not use it either"),
     "hook_head_index": _limited(None, "an SAE reads all heads of hook_z together, not one", None),
     # the data
-    "dataset_path": _mapped("", "data.dataset"),
+    "dataset_path": _mapped("", "data.dataset; one that is too small is begun again, and the plan says how often"),
     "dataset_trust_remote_code": _same(True, "code that comes with a dataset is never run"),
     "streaming": _same(True, "datasets of the hub are streamed, local files are read"),
     "is_dataset_tokenized": _checked(None, "a column tokens or input_ids is data.tokens_column, else text is "
