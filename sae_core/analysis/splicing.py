@@ -72,6 +72,11 @@ def _spliced_class(base: type) -> type:
     return type(base.__name__, (SplicedModel, base), {"__module__": base.__module__, "__doc__": SplicedModel.__doc__})
 
 
+def _blank(base: type) -> Any:
+    spliced = _spliced_class(base)
+    return spliced.__new__(spliced)
+
+
 class SplicedModel:
     """A TransformerLens model into which SAEs can be spliced. Made by `with_saes`.
 
@@ -80,6 +85,11 @@ class SplicedModel:
 
     _splices: "dict[str, Splice]"  # by hook point written, as the model itself calls it
     _generation: Progress | None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made for each model's own: it is named by that one, where a model is copied or pickled."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_blank, (type(self).__bases__[1],), *state)
 
     # ---- attaching and removing ----
 
@@ -335,6 +345,8 @@ class Splice:
         about = sae.cfg.metadata
         if not about.get("hook_name"):
             raise ConfigError("sae.cfg.metadata has no hook_name: where the SAE belongs; accepted: a hook point's name")
+        if not isinstance(excluded, bool | Tensor | Sequence) or isinstance(excluded, str):
+            raise ConfigError(f"exclude_special_tokens is {excluded!r}; accepted: true, false, or a list of token ids")
         self.sae, self.use_error_term, self.excluded = sae, use_error_term, excluded
         self.reads = str(about["hook_name"])
         self.writes = str(about.get("hook_name_out") or self.reads)
@@ -415,6 +427,8 @@ class Splice:
         f = self._at("hook_sae_acts_post", sae._activate(pre, gate))
         recons = self._at("hook_sae_recons", sae._decode(f, z))
         y_hat = recons if scaling is None else scaling.undo(recons)
+        # in the wider of both types: an error in the SAE's own would lose what the model's holds beyond it
+        y_hat = y_hat.to(torch.promote_types(y_hat.dtype, y.dtype))
         own = target.to(y_hat.device, y_hat.dtype)
         kept = None if self.kept is None else self.kept.to(y_hat.device)
         if self.use_error_term:
@@ -615,7 +629,11 @@ def view_of(sae: SAE, x: Tensor, hook_point: str, written: bool = False) -> Tens
     seen = x
     if head is not None and x.shape[-1] % width == 0 and x.ndim == 3:  # a bridge has heads side by side
         seen = x.unflatten(-1, (-1, width))
-    if head is not None and seen.ndim > 3 and head < seen.shape[-2]:
+    if head is not None and seen.ndim > 3:
+        if not isinstance(head, int) or not 0 <= head < seen.shape[-2]:
+            raise ConfigError(
+                f"the SAE of {hook_point!r}: metadata.hook_head_index is {head!r}; accepted: 0 to {seen.shape[-2] - 1}"
+            )
         seen = seen[..., head, :]
     elif seen.ndim > 3 and seen.shape[-1] != width and seen.shape[-2] * seen.shape[-1] == width:
         seen = seen.flatten(-2)

@@ -20,6 +20,7 @@ transcoder the features at the hook point read are edited in what is written.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,13 +61,18 @@ class _Edit:
     positions: Positions = None
     sae: Any = None
 
+    def __post_init__(self) -> None:
+        _indices(self.feature)  # type: ignore[attr-defined]
+        for name in ("strength", "value", "factor"):
+            if name in vars(self):
+                _finite(name, getattr(self, name))
+
     def apply(self, f: Tensor) -> Tensor:
         raise NotImplementedError
 
     @property
     def features(self) -> tuple[int, ...]:
-        feature: Any = self.feature  # type: ignore[attr-defined]
-        return (feature,) if isinstance(feature, int | np.integer) else tuple(feature)
+        return _indices(self.feature)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,28 @@ class Scale(_Edit):
         return f * self.factor
 
 
+def _indices(feature: Any) -> tuple[int, ...]:
+    """Latents given as one index or several; an array's or a tensor's will do, as `argmax` gives it."""
+    given = feature.tolist() if isinstance(feature, Tensor | np.ndarray) else feature
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not several or any(isinstance(one, bool) or not isinstance(one, int | np.integer) for one in several):
+        raise ConfigError(f"feature is {feature!r}; accepted: the index of a latent, or of several")
+    return tuple(map(int, several))
+
+
+def _finite(name: str, value: Any) -> float:
+    number = float("nan") if isinstance(value, str | None) or np.size(value) != 1 else float(value)
+    if not isfinite(number):
+        raise ConfigError(f"{name} is {value!r}; accepted: a finite number")
+    return number
+
+
 def edited_positions(positions: Positions, length: int, prompt_length: int) -> np.ndarray:
     """Which of the first `length` positions an edit's `positions` mean, [length] bool. Raises ConfigError for what
     they cannot be."""
     chosen = np.zeros(length, dtype=bool)
+    if isinstance(positions, np.ndarray | Tensor):
+        positions = positions.tolist()
     if positions is None:
         chosen[:] = True
     elif positions == "prompt":
@@ -123,9 +147,12 @@ def edited_positions(positions: Positions, length: int, prompt_length: int) -> n
     elif positions == "generated":
         chosen[prompt_length:] = True
     elif isinstance(positions, slice):
-        start, stop = (
-            end + prompt_length if end is not None and end < 0 else end for end in (positions.start, positions.stop)
-        )
+        ends = positions.start, positions.stop, positions.step
+        whole = all(isinstance(end, int | np.integer | None) for end in ends)
+        if not whole or (positions.step is not None and positions.step < 1):
+            raise ConfigError(f"positions is {positions!r}; accepted: a slice of whole numbers with a step above 0")
+        # what lies ahead of the prompt is its start, as of any slice
+        start, stop = (max(end + prompt_length, 0) if end is not None and end < 0 else end for end in ends[:2])
         chosen[start : stop : positions.step] = True
     else:
         whole = not isinstance(positions, str) and isinstance(positions, Sequence)
@@ -216,7 +243,7 @@ class Steered:
 
     def side_by_side(self, width: int = 100) -> str:
         """Both continuations in two columns, under the prompt, and the figures."""
-        column = (width - 3) // 2
+        column = max((width - 3) // 2, 1)
         start = len(self.prompt)
         sides = [
             [part for line in text[start:].split("\n") for part in wrap(line, column, drop_whitespace=False) or [""]]
@@ -267,7 +294,7 @@ def steer(
     Raises ConfigError for an edit that cannot be made, an SAE that does not belong to the model, and a text that would
     be longer than the model reads.
     """
-    given = [edits] if isinstance(edits, _Edit) else list(edits)
+    given = list(edits) if isinstance(edits, Sequence) else [edits]
     options = _Options(max_new_tokens, temperature, top_k, top_p, seed, stop_at_eos)
     return _steer(model, saes, prompt, [given], options, prepend_bos)[0]
 
@@ -303,11 +330,13 @@ def sweep_strengths(
     """
     import pandas as pd
 
-    if not len(strengths):
-        raise ConfigError("strengths is empty; accepted: one number or more")
-    features = (feature,) if isinstance(feature, int | np.integer) else tuple(feature)
+    if edit is Ablate:
+        raise ConfigError("edit is Ablate, which has no strength; accepted: Add, Clamp, Scale")
+    if np.ndim(strengths) != 1 or not len(strengths):
+        raise ConfigError(f"strengths is {strengths!r}; accepted: a list of one number or more")
+    features = _indices(feature)
     of_one = _unit(unit, features) if edit is not Scale else 1.0
-    amounts = [float(strength) * of_one for strength in strengths]
+    amounts = [_finite("strengths", strength) * of_one for strength in strengths]
     options = _Options(max_new_tokens, temperature, top_k, top_p, seed, stop_at_eos)
     rows = [[edit(features, amount, positions=positions)] for amount in amounts]
     results = _steer(model, sae, prompt, rows, options, prepend_bos)
@@ -356,6 +385,22 @@ class _Options:
     seed: int
     stop_at_eos: bool
 
+    def __post_init__(self) -> None:
+        wrong = {
+            "max_new_tokens": not _is_whole(self.max_new_tokens, 0) and "a whole number of 0 or more",
+            "temperature": not 0 <= self.temperature < float("inf") and "a number of 0 or more",
+            "top_k": self.top_k is not None and not _is_whole(self.top_k, 1) and "None, or a whole number above 0",
+            "top_p": self.top_p is not None and not 0 < self.top_p <= 1 and "None, or a number above 0 and up to 1",
+            "seed": not _is_whole(self.seed, None) and "a whole number",
+        }
+        for name, accepted in wrong.items():
+            if accepted:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}")
+
+
+def _is_whole(value: Any, least: int | None) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and (least is None or value >= least)
+
 
 @torch.no_grad()
 def _steer(
@@ -367,10 +412,6 @@ def _steer(
     tokens = _tokens(model, prompt, prepend_bos)
     prompt_length = tokens.shape[1]
     limit = getattr(model.cfg, "n_ctx", None)
-    if options.max_new_tokens < 0 or options.temperature < 0:
-        raise ConfigError(
-            f"max_new_tokens is {options.max_new_tokens} and temperature {options.temperature}; accepted: 0 or more"
-        )
     if limit and prompt_length + options.max_new_tokens > limit:
         raise ConfigError(
             f"max_new_tokens {options.max_new_tokens}: with the prompt's {prompt_length} tokens more than the {limit} "
@@ -469,11 +510,19 @@ def _tokens(model: Any, prompt: Any, prepend_bos: bool | None) -> Tensor:
             raise ConfigError("prompt is text, and the model has no tokenizer; accepted: token ids")
         tokens = model.to_tokens(prompt, **({} if prepend_bos is None else {"prepend_bos": prepend_bos}))
     else:
-        tokens = torch.as_tensor(prompt)
+        try:
+            tokens = torch.as_tensor(prompt)
+        except (TypeError, ValueError):
+            raise ConfigError(f"prompt is {prompt!r}; accepted: one text, or the token ids of one") from None
         tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0 or tokens.is_floating_point():
         raise ConfigError(
             f"prompt has tokens of shape {list(tokens.shape)}; accepted: text, or the token ids of one, [tokens]"
+        )
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.cfg.d_vocab:
+        raise ConfigError(
+            f"prompt has token ids from {int(tokens.min())} to {int(tokens.max())}; accepted: 0 to "
+            f"{model.cfg.d_vocab - 1}"
         )
     return tokens.to(next(model.parameters()).device).long()
 
@@ -535,7 +584,7 @@ class _Site:
         self.sae, self.rows, self.prompt_length = sae, rows, prompt_length
         self.features = sorted({feature for edits in rows for edit in edits for feature in edit.features})
         for feature in self.features:
-            if not isinstance(feature, int | np.integer) or not 0 <= feature < sae.d_sae:
+            if not 0 <= feature < sae.d_sae:
                 raise ConfigError(f"feature is {feature!r}; accepted: 0 to {sae.d_sae - 1}")
         self.columns = {feature: column for column, feature in enumerate(self.features)}
         for edits in rows:

@@ -1,4 +1,5 @@
 import copy
+import io
 import warnings
 
 import pytest
@@ -339,3 +340,37 @@ def test_a_copy_of_a_model_has_its_own_saes(model):
     other.reset_saes()
     torch.testing.assert_close(other(TOKENS), model(TOKENS), **CLOSE)
     assert not torch.allclose(spliced, model(TOKENS), atol=0.05)
+
+
+@torch.no_grad()
+def test_a_model_can_be_pickled_where_it_could_before(hooked):
+    """A bridge never can: TransformerLens makes classes within functions for it."""
+    buffer = io.BytesIO()
+    with hooked.saes([make()]):
+        spliced = hooked(TOKENS)
+        torch.save(hooked, buffer)
+    buffer.seek(0)
+    other = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(other(TOKENS), spliced, **CLOSE)
+    other.reset_saes()
+    torch.testing.assert_close(other(TOKENS), hooked(TOKENS), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_term_of_a_coarser_sae_gives_the_models_own_activations(model, dtype):
+    logits = model.run_with_saes(TOKENS, saes=[make().to(dtype)], use_error_term=True)
+    torch.testing.assert_close(logits, model(TOKENS), **CLOSE)
+
+
+@pytest.mark.parametrize("head", [HEADS, -1, "1"])
+def test_a_head_that_the_model_lacks(model, head):
+    sae = make("blocks.1.attn.hook_z", d_in=D // HEADS, metadata={"hook_head_index": head})
+    with pytest.raises(ConfigError, match=f"'blocks.1.attn.hook_z': metadata.hook_head_index is {head!r}; .* 0 to 3"):
+        model.run_with_saes(TOKENS, saes=[sae])
+
+
+@pytest.mark.parametrize("excluded", [1, "bos", None])
+def test_tokens_to_exclude_are_a_list(model, excluded):
+    with pytest.raises(ConfigError, match="exclude_special_tokens is .*accepted: true, false, or a list"):
+        model.run_with_saes(TOKENS, saes=[make()], exclude_special_tokens=excluded)

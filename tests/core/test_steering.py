@@ -181,6 +181,36 @@ def test_positions(model):
     for wrong in ("last", [1.5], [-7], 3):
         with pytest.raises(ConfigError, match="positions is .*accepted: None, 'prompt', 'generated', a slice"):
             edited_positions(wrong, 10, 6)
+    for wrong in (slice(None, None, -2), slice(None, None, 0), slice("a", None)):
+        with pytest.raises(ConfigError, match="positions is slice.*accepted: a slice of whole numbers"):
+            edited_positions(wrong, 10, 6)
+
+
+def test_a_slice_from_ahead_of_the_prompt_begins_at_its_start():
+    assert edited_positions(slice(-8, None), 10, 6).all()
+    assert not edited_positions(slice(None, -8), 10, 6).any()
+    assert np.flatnonzero(edited_positions(slice(-8, -4), 10, 6)).tolist() == [0, 1]
+
+
+def test_features_and_positions_may_come_as_arrays_or_tensors():
+    latents = torch.tensor([3, 7, 5])
+    assert Add(latents.argmax(), 1.0).features == Add(np.int64(1), 1.0).features == (1,)
+    assert Clamp(latents, 1.0).features == Clamp(latents.numpy(), 1.0).features == (3, 7, 5)
+    for positions in (np.array([1, -1]), torch.tensor([1, -1])):
+        assert np.flatnonzero(edited_positions(positions, 10, 6)).tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("feature", [1.0, True, [], "1", None, torch.tensor([1.0])])
+def test_what_is_no_latent_is_refused(feature):
+    with pytest.raises(ConfigError, match="feature is .*accepted: the index of a latent"):
+        Ablate(feature)
+
+
+@pytest.mark.parametrize("amount", [float("nan"), float("inf"), "5", None])
+def test_a_strength_is_a_finite_number(amount):
+    for edit, name in ((Add, "strength"), (Clamp, "value"), (Scale, "factor")):
+        with pytest.raises(ConfigError, match=f"{name} is .*accepted: a finite number"):
+            edit(1, amount)
 
 
 @torch.no_grad()
@@ -304,7 +334,12 @@ def test_a_batch_training_sae_and_impossible_edits_are_refused(model):
     for arguments, message in (
         ({"max_new_tokens": 40}, "max_new_tokens 40: with the prompt's 6 tokens more than the 32"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_p": 2.0}, "top_p is 2.0"),
+        ({"seed": "x"}, "seed is 'x'"),
     ):
         with pytest.raises(ConfigError, match=message):
             steer(model, sae, PROMPT, Add(1, 1.0), **arguments)
@@ -312,7 +347,17 @@ def test_a_batch_training_sae_and_impossible_edits_are_refused(model):
         steer(model, sae, "text", Add(1, 1.0))
     with pytest.raises(ConfigError, match=r"tokens of shape \[2, 3\]"):
         steer(model, sae, torch.ones(2, 3, dtype=torch.long), Add(1, 1.0))
-    with pytest.raises(ConfigError, match="strengths is empty"):
-        sweep_strengths(model, sae, PROMPT, 1, [])
+    for prompt in ([3, VOCAB], [3, -1]):
+        with pytest.raises(ConfigError, match=rf"prompt has token ids from .*; accepted: 0 to {VOCAB - 1}"):
+            steer(model, sae, prompt, Add(1, 1.0))
+    with pytest.raises(ConfigError, match="prompt is .*accepted: one text"):
+        steer(model, sae, ["one", "two"], Add(1, 1.0))
+    for strengths, message in (
+        ([], r"strengths is \[\]"), (5.0, "strengths is 5.0"), ([1, float("inf")], "strengths is inf"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            sweep_strengths(model, sae, PROMPT, 1, strengths)
+    with pytest.raises(ConfigError, match="edit is Ablate"):
+        sweep_strengths(model, sae, PROMPT, 1, [1], edit=Ablate)
     with pytest.raises(ConfigError, match="unit is 0"):
         sweep_strengths(model, sae, PROMPT, 1, [1], unit=0)
