@@ -41,12 +41,13 @@ from sae_core.analysis.feature_files import (
     is_features,
     read_features,
 )
+from sae_core.analysis.final_norm import read_norm
 from sae_core.errors import ConfigError
 from sae_core.sae import SAE
 
 __all__ = [
     "BINS", "Best", "Examples", "FeaturePass", "FeatureSettings", "FeatureWriter", "Features", "LatentLogits",
-    "MergedFeatures", "Part", "Totals", "add_rows", "decoder_neighbours", "example_tables", "final_norm",
+    "MergedFeatures", "Part", "Totals", "add_rows", "decoder_neighbours", "example_tables",
     "is_features", "latent_groups", "latent_logits", "latents_table", "place_hash", "read_features", "to_residual",
 ]  # fmt: skip
 
@@ -270,6 +271,11 @@ class FeaturePass:
         self.totals.n_tokens += n_tokens
         self._add_sums(f, latent, values)
         peaks = f.amax(1).clamp_min_(0)
+        if len(peaks) and not bool(peaks.amax() < math.inf):
+            raise ConfigError(
+                f"activations in rows {first_row} to {first_row + len(f) - 1} are not finite numbers; accepted: "
+                "a model in float32 or bfloat16, where they are too large for float16"
+            )
         np.maximum(self.totals.greatest, peaks.amax(0).cpu().numpy(), out=self.totals.greatest)
         if self.top.size:
             self._add_peaks(f, peaks, first_row)
@@ -482,8 +488,11 @@ def latent_logits(model: nn.Module, hook_point: str, rows: Tensor, n: int) -> La
     direction = to_residual(model, hook_point, rows)
     if direction is None or not n:
         return None
-    gain, is_centred = final_norm(model)
     unembedding = model.unembed.W_U.detach().float()
+    norm, gain, is_centred = getattr(model, "ln_final", None), torch.ones_like(direction[0]), False
+    if norm is not None:
+        parameter = next(model.parameters())
+        gain, _, is_centred = read_norm(norm, parameter.new_empty(direction.shape[1]))
     n = min(n, unembedding.shape[1])
     at_once = max(1, _entries(unembedding.device) // unembedding.shape[1])
     found: list[list[np.ndarray]] = [[], [], [], []]
@@ -512,25 +521,6 @@ def to_residual(model: nn.Module, hook_point: str, rows: Tensor) -> Tensor | Non
         if isinstance(weights, Tensor) and weights.numel() == rows.shape[1] * model.cfg.d_model:
             return rows @ weights.detach().float().reshape(rows.shape[1], model.cfg.d_model)
     return None
-
-
-@torch.no_grad()
-def final_norm(model: nn.Module) -> tuple[Tensor, bool]:
-    """(gain float32 [d_model], whether it takes out the mean) of a model's last norm, found by what it does, as models
-    keep their gains in different forms (Gemma's is a weight plus 1)."""
-    parameter = next(model.parameters())
-    d_model = model.cfg.d_model
-    norm = getattr(model, "ln_final", None)
-    if norm is None:
-        return torch.ones(d_model, device=parameter.device), False
-    probe = torch.ones(1, 1, d_model, device=parameter.device, dtype=parameter.dtype) * 256.0  # far above any epsilon
-    probe[..., 1::2] *= -1
-    probe[..., d_model - d_model % 2 :] = 0  # so that its mean is 0
-    apart = (norm(probe) - norm(-probe)).float()[0, 0] / 2
-    scale = probe.float().square().mean().sqrt()
-    gain = torch.where(probe[0, 0] != 0, apart * scale / probe.float()[0, 0], 1.0)
-    moved, there = norm(probe + 128.0).float(), norm(probe).float()
-    return gain, bool((moved - there).abs().max() < 0.02 * there.abs().max())
 
 
 @torch.no_grad()

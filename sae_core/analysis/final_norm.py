@@ -1,4 +1,4 @@
-"""The norm ahead of the unembedding, with the scale that it had in the model as it is."""
+"""The norm ahead of the unembedding: what it multiplies by, and the scale that it has in the model as it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,31 @@ from sae_core.hooked import _forward_of
 _FAR = 1e3  # so far from 0 that the norm's epsilon does not matter
 
 
+@torch.no_grad()
+def read_norm(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """(gain [d_model], bias [d_model], whether the mean is taken out) of a LayerNorm or RMS norm, in float32 at least.
+    They are read off what it does to vectors of the type, device and width of `like`: libraries spell norms, and keep
+    gains (Gemma's is a weight plus 1), in many ways."""
+    wide, d_model = torch.promote_types(like.dtype, torch.float32), like.shape[-1]
+    v = torch.full((1, 1, d_model), _FAR, dtype=like.dtype, device=like.device)
+    v[..., 1::2] = -_FAR  # of mean 0 if the width is even
+    if d_model % 2:
+        v[..., -1] = 0
+    up, down, shifted = (norm(given).to(wide) for given in (v, -v, v + _FAR))
+    bias = (up + down) / 2
+    root = v.to(wide).square().mean().sqrt()
+    gain = torch.where(v == 0, 1.0, (up - bias) * root / torch.where(v == 0, 1.0, v.to(wide)))
+    if d_model % 2:  # the last one's gain: from another vector
+        e = v.roll(1, dims=-1)
+        gain[..., -1] = ((norm(e).to(wide) - bias) * root / e.to(wide))[..., -1]
+    return gain[0, 0], bias[0, 0], bool((shifted - up).abs().max() < 1e-2 * up.abs().max())
+
+
 class FinalNorm:
     """y = gain * (x - mean(x)) / scale + bias (LayerNorm), or without the mean (RMS norm), with `scale` held.
 
-    Gain, bias and whether the mean is taken out are read off what the module does to three vectors, so that all of a
-    library's spellings of a norm are known, folded ones too; and that they describe what it did to the activations of a
-    pass is checked. `watched` notes the input of the norm in a pass, from which `scales` are had.
+    That gain, bias and mean (see `read_norm`) describe what it did to the activations of a pass is checked. `watched`
+    notes the input of the norm in a pass, from which `scales` are had.
     """
 
     def __init__(self, model: nn.Module):
@@ -41,18 +60,7 @@ class FinalNorm:
     def scales(self, x: Tensor) -> Tensor:
         """Scale of the norm at each position of x [rows, context, d_model]: [rows, context, 1], in float32 at least."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        v = torch.full((1, 1, x.shape[-1]), _FAR, dtype=x.dtype, device=x.device)
-        v[..., 1::2] = -_FAR  # of mean 0 if the width is even
-        if x.shape[-1] % 2:
-            v[..., -1] = 0
-        up, down, shifted = (self.module(given).to(wide) for given in (v, -v, v + _FAR))
-        self.bias = (up + down) / 2
-        root = v.to(wide).square().mean().sqrt()
-        self.gain = torch.where(v == 0, 1.0, (up - self.bias) * root / torch.where(v == 0, 1.0, v.to(wide)))
-        if x.shape[-1] % 2:  # the last one's gain: from another vector
-            e = v.roll(1, dims=-1)
-            self.gain[..., -1] = ((self.module(e).to(wide) - self.bias) * root / e.to(wide))[..., -1]
-        self.centres = bool((shifted - up).abs().max() < 1e-2 * up.abs().max())
+        self.gain, self.bias, self.centres = read_norm(self.module, x)
         scaled, y = self._centred(x.to(wide)) * self.gain, self.module(x).to(wide)
         out = y - self.bias
         scale = scaled.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True).clamp_min(1e-30)

@@ -21,13 +21,13 @@ from sae_core.analysis.features import (
     add_rows,
     decoder_neighbours,
     example_tables,
-    final_norm,
     latent_groups,
     latent_logits,
     latents_table,
     place_hash,
     to_residual,
 )
+from sae_core.analysis.final_norm import read_norm
 from sae_core.architectures import ARCHITECTURES
 
 ROWS, CONTEXT, LATENTS = 40, 12, 10
@@ -317,9 +317,9 @@ class _Model(nn.Module):
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("d_model", [6, 7])
 def test_the_final_norm_is_known_by_what_it_does(kind, d_model):
-    gain, centred = final_norm(_Model(kind, d_model))
-    torch.testing.assert_close(gain[:6], torch.linspace(0.5, 2, d_model)[:6], rtol=1e-4, atol=1e-4)
-    assert centred == (kind == "layer")
+    gain, bias, centred = read_norm(_Norm(kind, d_model), torch.empty(d_model))
+    torch.testing.assert_close(gain, torch.linspace(0.5, 2, d_model), rtol=1e-4, atol=1e-4)
+    assert bias.shape == (d_model,) and centred == (kind == "layer")
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -502,3 +502,8 @@ def test_settings_and_shapes_are_checked():
         replace(SETTINGS, top=-1)
     with pytest.raises(ConfigError, match=r"shape \[2, 3, 4\]; accepted: \[rows, 12, 10\]"):
         FeaturePass(LATENTS, CONTEXT, SETTINGS).add(torch.zeros(2, 3, 4), 0, 6)
+    for wrong in (float("nan"), float("inf")):
+        f = torch.zeros(2, CONTEXT, LATENTS)
+        f[1, 3, 2] = wrong
+        with pytest.raises(ConfigError, match="activations in rows 7 to 8 are not finite"):
+            FeaturePass(LATENTS, CONTEXT, SETTINGS).add(f, 7, 24)
