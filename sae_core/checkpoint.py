@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +400,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
             raise CheckpointError(f"{path}: {name} has shape {list(tensors[name].shape)}; expected is {list(shape)}")
         if tensors[name].dtype not in DTYPES.values():
             raise CheckpointError(f"{path}: {name} has type {tensors[name].dtype}; accepted: {', '.join(DTYPES)}")
+        least, most = (float(end) for end in tensors[name].aminmax())  # isfinite would make a copy of it
+        # a latent above whose threshold nothing is does not fire: so some are switched off
+        if not isfinite(least) or not (isfinite(most) or (name == "threshold" and most > 0)):
+            raise CheckpointError(f"{path}: {name} has values that are not finite numbers")

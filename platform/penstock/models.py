@@ -9,9 +9,6 @@ import importlib.util
 import json
 import math
 import runpy
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +20,7 @@ from penstock.errors import ModelError
 from penstock.sites import Site
 from penstock.spec import ModelSpec
 from sae_core.model_processing import processing_of as processing_of
+from sae_core.pretrained import hub
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 # Attention and MLP read the same residual stream, after one norm; GPT-NeoX, which can be so too, has two norms.
 _PARALLEL = {"gptj", "codegen", "phi", "cohere", "cohere2"}
 _FINGERPRINT_BYTES = 1 << 20
-_HUB_SECONDS = 10
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
@@ -135,27 +132,7 @@ def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
 
 def may_download(place: Location) -> bool:
     """Whether the hub is to be asked for a model: not for a folder, nor where the hub cannot be reached."""
-    return not place.is_local and _hub_answers()
-
-
-@cache
-def _hub_answers() -> bool:
-    """Asked once a process: the hub's client would try for half a minute, for every file again, before it looks into
-    its cache."""
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return False
-    try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:  # the client may know certificates that Python does not
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-    return True
+    return not place.is_local and hub.answers()
 
 
 def _short(error: Exception) -> str:

@@ -83,7 +83,7 @@ def names_in(repo_id: str, path: str, revision: str | None = None) -> list[str]:
 
 def checked(path: str) -> str:
     """A path in a repository, without slashes at its ends; UserError for one that leads out of it."""
-    parts = PurePosixPath(path.replace("\\", "/")).parts
+    parts = PurePosixPath(path.replace("\\", "/")).parts if isinstance(path, str) else ("..",)
     if ".." in parts or path.startswith(("/", "~")) or "\0" in path:
         raise UserError(f"path is {path!r}; accepted is a folder or file in the repository, such as 'layers.5'")
     return "/".join(parts)

@@ -256,9 +256,25 @@ WRONG_FOLDERS = {
     "one too many": (tensor("extra", torch.zeros(1)), "unknown tensors .'extra'"),
     "a truth value as bias": (tensor("b_enc", torch.zeros(48, dtype=torch.bool)), "b_enc has type torch.bool"),
     "complex biases": (tensor("b_enc", torch.zeros(48, dtype=torch.complex64)), "b_enc has type torch.complex64"),
+    "a weight that is no number": (
+        tensor("W_dec", lambda tensors: tensors["W_dec"] * float("nan")),
+        f"{WEIGHTS}: W_dec has values that are not finite",
+    ),
+    "an infinite bias": (tensor("b_enc", torch.full((48,), float("inf"))), "b_enc has values that are not finite"),
     "a scaling factor of another size": (tensor("scaling_factor", torch.ones(3)), "scaling_factor has shape .3."),
     "no tensor at all": (lambda folder: save_file({}, folder / WEIGHTS), "the tensors .*'W_enc'.* are missing"),
 }  # fmt: skip
+
+
+def test_a_latent_may_be_switched_off_by_its_threshold(tmp_path):
+    sae = random_sae("jumprelu")
+    sae.threshold[3] = float("inf")
+    sae.save(tmp_path / "sae")
+    assert not SAE.load(tmp_path / "sae").encode(torch.randn(50, 16) * 100)[:, 3].any()
+    sae.threshold[3] = -float("inf")
+    sae.save(tmp_path / "sae")
+    with pytest.raises(CheckpointError, match="threshold has values that are not finite"):
+        SAE.load(tmp_path / "sae")
 
 
 @pytest.fixture(scope="module")
