@@ -1,8 +1,12 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+# last, so that none of its names hides another module
+sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs/benchmarks"))
 
 
 @pytest.fixture(scope="session")

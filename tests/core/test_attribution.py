@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from demo_saes import PROMPTS
 from torch import nn
 
 from sae_core import ConfigError
@@ -527,18 +528,6 @@ def test_edges_between_hook_points_that_do_not_meet_are_refused(tiny_model, hook
 
 
 # ---- the demo model -------------------------------------------------------------------------------------------------
-
-PROMPTS = [
-    "import os\n\ndef read(path):\n    with open(path) as f:\n        return f.",
-    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(",
-    "class Stack:\n    def __init__(self, items):\n        self.items = list(items)\n\n"
-    "    def pop(self):\n        return self.",
-    "try:\n    import json\nexcept ImportError:\n    json =",
-    "def main(argv=None):\n    if argv is None:\n        argv = sys.",
-    "for key, value in sorted(table.items()):\n    print(key,",
-    "if not isinstance(name, str):\n    raise TypeError('name must be a string, not %r' %",
-    "def __eq__(self, other):\n    if not isinstance(other, Point):\n        return",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

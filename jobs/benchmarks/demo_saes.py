@@ -1,4 +1,4 @@
-"""SAEs of the demo model, trained here in seconds: what the tests of analysis look at."""
+"""SAEs of the demo model, trained here in seconds, and prompts: what benchmarks and tests of analysis look at."""
 
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,27 @@ name: analysis
 model: {{name: demo}}
 data: {{dataset: demo, context_size: 128, search_tokens: 1000, report_tokens: 4000, block_tokens: 65536}}
 hook_points: [{", ".join(HOOK_POINTS)}]
-train: {{tokens: 250k, batch_tokens: 512, lr: 4.0e-3, lr_warm_up_steps: 20, dead_after_tokens: 60k}}
+train: {{tokens: %s, batch_tokens: 512, lr: 4.0e-3, lr_warm_up_steps: 20, dead_after_tokens: %s}}
 saes: [{{architecture: topk, d_sae: 4x, k: 16}}]
 baselines: {{k: []}}
 """
+PROMPTS = [
+    "import os\n\ndef read(path):\n    with open(path) as f:\n        return f.",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(",
+    "class Stack:\n    def __init__(self, items):\n        self.items = list(items)\n\n"
+    "    def pop(self):\n        return self.",
+    "try:\n    import json\nexcept ImportError:\n    json =",
+    "def main(argv=None):\n    if argv is None:\n        argv = sys.",
+    "for key, value in sorted(table.items()):\n    print(key,",
+    "if not isinstance(name, str):\n    raise TypeError('name must be a string, not %r' %",
+    "def __eq__(self, other):\n    if not isinstance(other, Point):\n        return",
+]  # fmt: skip
 
 
-def train_saes(folder: Path) -> dict[str, Path]:
-    """Train a topk SAE (d_sae 512, k 16) at each of `HOOK_POINTS` on 250,000 tokens: the folder of each, as `penstock
-    pull` would write it."""
-    (folder / "spec.yaml").write_text(SPEC)
+def train_saes(folder: Path, tokens: int = 250_000) -> dict[str, Path]:
+    """Train a topk SAE (d_sae 512, k 16) at each of `HOOK_POINTS` on that many tokens: the folder of each, as
+    `penstock pull` would write it."""
+    (folder / "spec.yaml").write_text(SPEC % (tokens, min(60_000, tokens // 4)))
     spec, description = read_sweep(folder / "spec.yaml")
     home = Home(folder / "home")
     storage = Storage(home.storage_uri(None))
