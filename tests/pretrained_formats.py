@@ -483,12 +483,12 @@ CASES = {
     ),
     "Gemma Scope 2, transcoder": Case(
         "gemma-scope-2-4b-pt-transcoders", "transcoder/layer_17_width_16k_l0_big",
-        lambda path: gemma_scope_2(path, transcoder=True), "jumprelu_transcoder", "blocks.17.hook_mlp_in",
+        lambda path: gemma_scope_2(path, transcoder=True), "jumprelu_transcoder", "blocks.17.mlp.hook_in",
     ),
     "Gemma Scope 2, affine transcoder": Case(
         "gemma-scope-2-4b-pt-transcoders", "transcoder/layer_9_width_65k_l0_small_affine",
         lambda path: gemma_scope_2(path, transcoder=True, affine=True), "jumprelu_skip_transcoder",
-        "blocks.9.hook_mlp_in",
+        "blocks.9.mlp.hook_in",
     ),
     "Llama Scope": Case("llama_scope_lxr_8x", "l7r_8x", llama_scope, "jumprelu", "blocks.7.hook_resid_post"),
     "Llama Scope R1": Case(

@@ -55,6 +55,12 @@ def theirs(release, sae_id, sizes):
     return sae_lens.SAE.from_pretrained_with_cfg_and_sparsity(release, sae_id, converter=converter)
 
 
+def corrected(hook_name: str | None, is_gemma_scope_2: bool) -> str | None:
+    """Transcoders of Gemma Scope 2 read `pre_feedforward_layernorm.output`, which lies behind that norm; hook_mlp_in,
+    which sae_lens names, lies before it in TransformerLens' models."""
+    return hook_name and hook_name.replace("hook_mlp_in", "mlp.hook_in") if is_gemma_scope_2 else hook_name
+
+
 @pytest.mark.parametrize("name", READ_BY_BOTH)
 @torch.no_grad()
 def test_the_same_function_of_the_same_cache(name, cache):
@@ -74,7 +80,8 @@ def test_the_same_function_of_the_same_cache(name, cache):
     assert (sparsity is None) == (sparsity_there is None)
     assert sparsity is None or torch.equal(sparsity, sparsity_there)
     about = there.cfg.metadata
-    for field in ("hook_name", "hook_name_out", "neuronpedia_id", "model_from_pretrained_kwargs", "prepend_bos"):
+    assert ours.cfg.metadata.get("hook_name") == corrected(about.hook_name, entry.format == "gemma_scope_2")
+    for field in ("hook_name_out", "neuronpedia_id", "model_from_pretrained_kwargs", "prepend_bos"):
         assert (ours.cfg.metadata.get(field) or None) == (getattr(about, field) or None), field
     if name != "Llama Scope R1":  # of which its loader names the base model, and its directory the right one
         assert cfg["model_name"].split("/")[-1] == str(about.model_name).split("/")[-1]
@@ -144,7 +151,9 @@ def test_every_path_says_what_sae_lens_takes_from_it(monkeypatch):
             there = get_config(entry.repo_id, entry.path, "cpu", False, None)
             ours = FORMATS[entry.format].read(Place(Path("/nowhere"), entry.path, entry.repo_id))
             where = (release, entry.sae_id)
-            assert {f: ours.metadata.get(f) for f in fields} == {f: there.get(f) for f in fields}, where
+            taken = {f: there.get(f) for f in fields}
+            taken["hook_name"] = corrected(taken["hook_name"], entry.format == "gemma_scope_2")
+            assert {f: ours.metadata.get(f) for f in fields} == taken, where
             assert ours.metadata["model_name"].split("/")[-1] == there["model_name"].split("/")[-1], where
             assert ours.transcoder == ("transcoder" in there["architecture"]), where
             assert ours.config.get("skip", False) == ("skip" in there["architecture"]), where

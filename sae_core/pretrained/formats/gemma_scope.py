@@ -5,7 +5,8 @@
 
 The matrices lie as they do here, but for the skip connection [d_in, d_out]. Only the path says what an SAE is of. SAEs
 of embeddings were trained on rows of the embedding matrix; the model multiplies them by sqrt(d_model), which is folded
-in here, b_dec included (sae_lens 6.54.12 leaves that one out).
+in here, b_dec included (sae_lens 6.54.12 leaves that one out). Transcoders of Gemma Scope read the second norm before
+its gain, those of Gemma Scope 2 behind it (sae_lens 6.54.12 names hook_mlp_in, which lies before the norm).
 
 Sources: Lieberum et al., "Gemma Scope", arXiv 2408.05147; Gemma Scope 2 (Google DeepMind, 2025).
 """
@@ -22,7 +23,7 @@ _DATA = {"prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted", "co
 _JUMPRELU = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
 # What the path of an SAE of Gemma Scope 2 names: TransformerLens' hook point, and the module of Hugging Face's model.
 _SITES_2 = {
-    "transcoder": ("hook_mlp_in", "pre_feedforward_layernorm.output"),
+    "transcoder": ("mlp.hook_in", "pre_feedforward_layernorm.output"),
     "resid_post": ("hook_resid_post", "output"),
     "attn_out": ("attn.hook_z", "self_attn.o_proj.input"),
     "mlp_out": ("hook_mlp_out", "post_feedforward_layernorm.output"),
