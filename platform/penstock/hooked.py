@@ -46,7 +46,7 @@ def load_model(
     """
     from sae_core import SAE
     from sae_core.analysis import with_saes
-    from sae_core.analysis.splicing import check_fits, hook_point_of
+    from sae_core.analysis.splicing import check_fits, hook_point_of, switch_of
 
     saes: list[SAE] = [] if sae is None else [sae] if isinstance(sae, SAE) else list(sae)
     for one in saes:
@@ -65,6 +65,8 @@ def load_model(
     for one in saes:
         for hook_point in _hook_points(one):
             hook_point_of(points, hook_point)
+            if (switch := switch_of(hook_point)) is not None:
+                getattr(loaded, f"set_{switch}")(True)
         check_fits(loaded, one)
     return loaded
 

@@ -43,6 +43,11 @@ HOOKS = (
 )  # fmt: skip
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
 _STREAM = re.compile(r"(blocks\.\d+\.)?(hook_(resid_(pre|mid|post)|attn_out|mlp_out|embed))")
+# Hook points that a model passes by until it is told to make what they show, and the setting that tells it.
+_SWITCHED = {
+    "hook_mlp_in": "use_hook_mlp_in", "hook_attn_in": "use_attn_in", "hook_result": "use_attn_result",
+    **dict.fromkeys(("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
+}  # fmt: skip
 _CHECKED: "WeakSet[SAE]" = WeakSet()  # SAEs from elsewhere that have been tried on activations
 _TOKENS_TO_CHECK = 1024
 
@@ -232,16 +237,18 @@ class SplicedModel:
         if self._generation is not None and args and isinstance(args[0], Tensor):
             self._generation.begin_pass(args[0].shape[1])
         excluding = [splice for splice in self._splices.values() if splice.excluded is not False]
-        if not excluding:
-            return super().forward(*args, **kwargs)
-        tokens = self._tokens_of(args, kwargs)
+        tokens = self._tokens_of(args, kwargs) if excluding else None
         try:
             for splice in excluding:
                 splice.kept = torch.isin(tokens, self._excluded_ids(splice).to(tokens.device))
-            return super().forward(*args, **kwargs)
+            result = super().forward(*args, **kwargs)
         finally:
             for splice in excluding:
                 splice.kept = None
+        in_part = any(kwargs.get(name) is not None for name in ("start_at_layer", "stop_at_layer"))
+        for splice in self._splices.values() if not in_part else ():
+            splice.check_reached()
+        return result
 
     def _tokens_of(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The tokens of a forward pass, [batch, position]."""
@@ -361,6 +368,7 @@ class Splice:
         for name, point in self.points.items():
             point.name = f"{self.writes}.{name}"
         self._changed = False
+        self._reached = False
 
     @property
     def is_transcoder(self) -> bool:
@@ -402,10 +410,19 @@ class Splice:
     def read(self, x: Tensor) -> None:
         self._given = x
 
+    def check_reached(self) -> None:
+        """After a whole pass. One of a model's experts may have had no token."""
+        if not self._reached and "experts" not in self.place:
+            raise ConfigError(
+                f"hook point {self.writes!r}: the model has passed it by, and its SAE has changed nothing; accepted: a "
+                "hook point that run_with_cache shows"
+            )
+
     # ---- what it computes ----
 
     def write(self, y: Tensor) -> Tensor:
         """What takes the place of y; a transcoder's input has been noted by `read`."""
+        self._reached = True
         x, self._given = (self._given, None) if self.is_transcoder else (y, None)
         if x is None:
             raise ConfigError(
@@ -563,11 +580,20 @@ def hook_point_of(points: Mapping[str, Any], name: str) -> tuple[str, Any]:
     return str(points[name].name or name), points[name]
 
 
+def switch_of(hook_point: str) -> str | None:
+    """The setting, as `model.cfg` has it, without which a model passes this hook point by; None for most."""
+    return _SWITCHED.get(hook_point.rpartition(".")[2])
+
+
 def check_hooks(
     model: Any, hooks: Sequence[tuple[str | Callable[[str], bool], Callable]], field: str = "fwd_hooks"
 ) -> None:
     """Raise ConfigError for a name that is no hook point, or a filter that lets none through: a TransformerBridge would
     go on without the hook."""
+    if not isinstance(hooks, list | tuple) or not all(
+        isinstance(hook, list | tuple) and len(hook) == 2 and callable(hook[1]) for hook in hooks
+    ):
+        raise ConfigError(f"{field} is {hooks!r}; accepted: a list of (hook point's name or filter, function)")
     points = model.hook_dict
     for name, _ in hooks:
         if isinstance(name, str) and name not in points:
@@ -583,7 +609,7 @@ def _nearest(name: str, points: Mapping[str, Any]) -> str:
 
 def check_fits(model: Any, sae: SAE) -> None:
     """Raise ConfigError where an SAE cannot be of this model: by the width of the residual stream and what adds to it,
-    or by the way in which the model's weights were processed."""
+    by a hook point that the model passes by, or by the way in which the model's weights were processed."""
     about = sae.cfg.metadata
     reads = str(about["hook_name"])
     writes = str(about.get("hook_name_out") or reads)
@@ -593,6 +619,12 @@ def check_fits(model: Any, sae: SAE) -> None:
                 f"the SAE of {name!r} has {field} {width}, and the model ({model.cfg.model_name}) has d_model "
                 f"{model.cfg.d_model} there; accepted: an SAE of this model (its metadata name "
                 f"{about.get('model_name')!r})"
+            )
+        switch = switch_of(name)
+        if switch is not None and not getattr(model.cfg, switch, False):
+            raise ConfigError(
+                f"hook point {name!r}: the model passes it by, and an SAE there would change nothing; accepted: "
+                f"model.set_{switch}(True) first, or another hook point"
             )
     try:
         steps = steps_of(about)

@@ -309,6 +309,9 @@ def test_hooks_of_a_generation_are_removed_after_an_error(model):
     assert model.generate(TOKENS[:1, :3], **options).shape == (1, 5)
     with pytest.raises(ConfigError, match="no hook point 'blocks.1.resid'"):
         model.generate(TOKENS[:1, :3], fwd_hooks=[("blocks.1.resid", fail)], **options)
+    for wrong in (None, (STREAM, fail), {STREAM: fail}, [STREAM], [(STREAM, None)]):
+        with pytest.raises(ConfigError, match="fwd_hooks is .*accepted: a list of"):
+            model.generate(TOKENS[:1, :3], fwd_hooks=wrong, **options)
 
 
 def test_a_hooked_transformers_processing_is_read_off_its_weights(hooked):
@@ -374,3 +377,32 @@ def test_a_head_that_the_model_lacks(model, head):
 def test_tokens_to_exclude_are_a_list(model, excluded):
     with pytest.raises(ConfigError, match="exclude_special_tokens is .*accepted: true, false, or a list"):
         model.run_with_saes(TOKENS, saes=[make()], exclude_special_tokens=excluded)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hook_mlp_in", "hook_attn_in", "attn.hook_result", "hook_q_input"])
+def test_a_hook_point_that_is_switched_off_is_refused(model, name):
+    with pytest.raises(ConfigError, match=rf"'blocks.1.{name}': the model passes it by.*model.set_use_\w+\(True\)"):
+        model.run_with_saes(TOKENS, saes=[make(f"blocks.1.{name}")])
+    with pytest.raises(ConfigError, match=r"model.set_use_hook_mlp_in\(True\)"):
+        model.add_sae(make("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"))
+
+
+@torch.no_grad()
+def test_a_hook_point_that_is_switched_on_is_written(model):
+    sae = make("blocks.1.hook_mlp_in")
+    model.set_use_hook_mlp_in(True)
+    try:
+        torch.testing.assert_close(model.run_with_saes(TOKENS, saes=[sae], use_error_term=True), model(TOKENS), **CLOSE)
+        assert not torch.allclose(model.run_with_saes(TOKENS, saes=[sae]), model(TOKENS), atol=0.05)
+    finally:
+        model.set_use_hook_mlp_in(False)
+
+
+@torch.no_grad()
+def test_a_hook_point_that_the_model_passes_by_is_said(bridge):
+    """GPT-2's three projections in one, which a bridge splits."""
+    with bridge.saes([make("blocks.1.attn.qkv.hook_out", d_in=3 * D)]):
+        bridge(TOKENS, stop_at_layer=1)  # not as far as that
+        with pytest.raises(ConfigError, match="'blocks.1.attn.qkv.hook_out': the model has passed it by"):
+            bridge(TOKENS)

@@ -200,3 +200,10 @@ def test_strengths_in_units_of_a_features_largest_activation(demo):
     assert frame.strength.tolist() == [0.5, 2] and frame.amount.tolist() == [6, 24]
     with pytest.raises(ConfigError, match="no activation of feature 4"):
         sweep_strengths(model, sae, PROMPT, 4, [1], unit=features, max_new_tokens=1)
+
+
+def test_a_hook_point_that_an_sae_needs_is_switched_on(folder):
+    model = load_model(sae=make("blocks.1.hook_mlp_in", model_name=str(folder)))
+    tokens = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert "blocks.1.hook_mlp_in" in model.run_with_cache(tokens)[1]
