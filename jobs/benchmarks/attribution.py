@@ -277,12 +277,10 @@ def _seconds(points: Sequence[Point]) -> Iterator[tuple[str, str, float, dict[st
         yield *key, mean(point.n_nodes for point in here), seconds
 
 
-def figures_of(points: Sequence[Point], rows: Sequence[Row], title: str, quick: bool) -> Iterator[dict[str, Any]]:
+def figures_of(points: Sequence[Point], rows: Sequence[Row], title: str) -> Iterator[dict[str, Any]]:
     for row in rows:
         name = f"{title}{row.hook_point}, {row.prompts}, norm {row.norm}, {row.method}, recall"
-        judged = None if quick else row.goal
-        yield {"name": name, "value": row.mean, "unit": "", "goal": judged,
-               "holds": None if judged is None else row.holds}  # fmt: skip
+        yield {"name": name, "value": row.mean, "unit": "", "goal": row.goal, "holds": row.holds}
         yield {"name": f"{name}, lowest", "value": row.lowest, "unit": "", "goal": None, "holds": None}
     for hook_point, prompts, _, seconds in _seconds(points):
         for name, value in seconds.items():
@@ -312,7 +310,7 @@ def main() -> None:
     if "edges" in arguments.only:
         for kind, ids in prompts.items():
             edge_points += _watched(edge_points_of(model, pairs_of(saes), kind, ids), f"edges, {kind}")
-    rows, edge_rows = rows_of(points, WITH_GOAL), rows_of(edge_points, ())
+    rows, edge_rows = rows_of(points, () if arguments.quick else WITH_GOAL), rows_of(edge_points, ())
     print()
     print_machine(described, VERSIONS)
     print_tables(points, edge_points, rows, edge_rows)
@@ -320,8 +318,7 @@ def main() -> None:
     if arguments.quick:
         print("QUICK: two SAEs that have learnt nothing, one prompt of each kind. These figures mean nothing.")
     if arguments.json:
-        figures = [*figures_of(points, rows, "", arguments.quick),
-                   *figures_of(edge_points, edge_rows, "edges, ", arguments.quick)]  # fmt: skip
+        figures = [*figures_of(points, rows, ""), *figures_of(edge_points, edge_rows, "edges, ")]
         write_result(arguments, described, VERSIONS, sweep=arguments.sweep, threads=arguments.threads,
                      figures=figures, points=[vars(point) for point in [*points, *edge_points]])  # fmt: skip
 
