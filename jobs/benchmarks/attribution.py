@@ -297,7 +297,7 @@ def main() -> None:
     options.add_argument("--home", metavar="DIR", help="where it is; $PENSTOCK_HOME or ./penstock-home unless given")
     options.add_argument("--threads", metavar="N", type=count, default=1, help="of torch; 1")
     arguments = parse_rows(options, ROWS, repeats=1)
-    arguments.train_tokens = 16_000 if arguments.quick else 250_000
+    arguments.train_tokens = 16_384 if arguments.quick else 250_000
     torch.set_num_threads(arguments.threads)
     described = machine()
     saes, model = saes_of(arguments), load_model(ModelSpec(name="demo"), "cpu")

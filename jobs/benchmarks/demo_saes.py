@@ -17,7 +17,7 @@ HOOK_POINTS = ("blocks.1.hook_resid_post", "blocks.4.hook_resid_post")
 SPEC = f"""\
 name: analysis
 model: {{name: demo}}
-data: {{dataset: demo, context_size: 128, search_tokens: 1000, report_tokens: 4000, block_tokens: 65536}}
+data: {{dataset: demo, context_size: 128, search_tokens: 1000, report_tokens: 4000, block_tokens: %s}}
 hook_points: [{", ".join(HOOK_POINTS)}]
 train: {{tokens: %s, batch_tokens: 512, lr: 4.0e-3, lr_warm_up_steps: 20, dead_after_tokens: %s}}
 saes: [{{architecture: topk, d_sae: 4x, k: 16}}]
@@ -39,7 +39,7 @@ PROMPTS = [
 def train_saes(folder: Path, tokens: int = 250_000) -> dict[str, Path]:
     """Train a topk SAE (d_sae 512, k 16) at each of `HOOK_POINTS` on that many tokens: the folder of each, as
     `penstock pull` would write it."""
-    (folder / "spec.yaml").write_text(SPEC % (tokens, min(60_000, tokens // 4)))
+    (folder / "spec.yaml").write_text(SPEC % (min(65_536, tokens), tokens, min(60_000, tokens // 4)))
     spec, description = read_sweep(folder / "spec.yaml")
     home = Home(folder / "home")
     storage = Storage(home.storage_uri(None))
