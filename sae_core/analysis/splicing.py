@@ -116,7 +116,8 @@ class SplicedModel:
         """Attach an SAE or transcoder at the hook points that its metadata name (`hook_name`, and `hook_name_out` of a
         transcoder), until `reset_saes`. One that is attached there already is replaced.
 
-        use_error_term: whether what the SAE misses is added again, so that the model runs as without it.
+        use_error_term: whether what the SAE misses is added again, so that the model runs as without it; None is what
+        scripts of SAELens' have set on the SAE itself (`sae.use_error_term = True`), else false.
         exclude_special_tokens: True, or token ids: at these tokens the model keeps its own activations.
         Raises ConfigError for a hook point that the model lacks, a width that differs, a model whose weights were
         processed in another way than the checkpoint asks for, and activations that another SAE writes already.
@@ -124,6 +125,8 @@ class SplicedModel:
         self._add(sae, use_error_term, exclude_special_tokens, self.hook_dict)
 
     def _add(self, sae: SAE, use_error_term: bool | None, exclude: Any, points: Mapping[str, Any]) -> None:
+        if use_error_term is None:
+            use_error_term = getattr(sae, "use_error_term", False)
         splice = Splice(self, sae, bool(use_error_term), exclude, points)
         other = self._splices.get(splice.place)
         if other is not None and other.origin != splice.origin:
@@ -705,9 +708,11 @@ def _of_elsewhere(sae: SAE) -> bool:
 
 @torch.no_grad()
 def _check_once(sae: SAE, x: Tensor, target: Tensor | None) -> None:
-    """Warn of an SAE that reconstructs nothing of the first activations that it is shown."""
+    """Warn of an SAE that reconstructs nothing of the first activations that it is shown, those of each text's first
+    position left out: many SAEs were not trained on it, and it may differ from all others."""
     from sae_core.pretrained import warn_if_absurd
 
+    x, target = (part if part is None or part.ndim < 3 else part[:, 1:] for part in (x, target))
     x = x.reshape(-1, sae.d_in)[:_TOKENS_TO_CHECK]
     target = None if target is None else target.reshape(-1, sae.d_out)[:_TOKENS_TO_CHECK].to(x)
     if not isnan(warn_if_absurd(sae, x, target)):

@@ -8,6 +8,7 @@ import torch
 from sae_core import ARCHITECTURES, SAE, ConfigError, SAEConfig
 from sae_core.analysis import with_saes
 from sae_core.analysis.splicing import HOOKS
+from sae_core.functional import explained_variance
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -252,6 +253,33 @@ def test_a_failed_pass_leaves_nothing_behind(model):
     with pytest.raises(ConfigError), model.saes([make(), make("nowhere")]):
         pass
     assert model.acts_to_saes == {} and torch.equal(model(TOKENS), clean)
+
+
+@torch.no_grad()
+def test_the_error_term_may_be_asked_for_on_the_sae(model):
+    """As scripts of SAELens' do; what the call says goes first."""
+    sae, clean = make(), model(TOKENS)
+    sae.use_error_term = True
+    torch.testing.assert_close(model.run_with_saes(TOKENS, saes=[sae]), clean, **CLOSE)
+    assert not torch.allclose(model.run_with_saes(TOKENS, saes=[sae], use_error_term=False), clean, atol=0.05)
+    sae.use_error_term = False
+    assert not torch.allclose(model.run_with_saes(TOKENS, saes=[sae]), clean, atol=0.05)
+
+
+def test_an_sae_from_elsewhere_is_not_tried_on_first_positions(model):
+    """It has every other position's activations as its latents' directions, and the opposite of the first's."""
+    x = model.run_with_cache(TOKENS)[1][STREAM].reshape(-1, D)
+    about = {"hook_name": STREAM, "source": {"repo_id": "someone/saes"}}
+    config = SAEConfig(architecture="topk", k=1, d_in=D, d_sae=len(x), apply_b_dec_to_input=False, metadata=about)
+    units = x / x.norm(dim=1, keepdim=True)
+    written = units.clone()
+    written[:: TOKENS.shape[1]] *= -3
+    zeros = {"b_enc": torch.zeros(len(x)), "b_dec": torch.zeros(D)}
+    sae = ARCHITECTURES["topk"](config, {"W_enc": units.T.contiguous(), "W_dec": written, **zeros})
+    assert explained_variance(x, sae(x)) < 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.run_with_saes(TOKENS, saes=[sae])
 
 
 def test_an_sae_from_elsewhere_is_tried_on_the_first_activations(model):
