@@ -155,8 +155,10 @@ class SAE(nn.Module, ABC):
         if x is None and (self.cfg.skip or self.cfg.normalize_activations in PER_TOKEN):
             why = "its skip connection" if self.cfg.skip else f"normalize_activations {self.cfg.normalize_activations}"
             raise ConfigError(f"decode needs the activations that were encoded, for {why}: decode(f, x)")
+        if f.shape[-1:] != (self.d_sae,):
+            raise ConfigError(f"latents have shape {list(f.shape)}; accepted: [..., d_sae] with d_sae {self.d_sae}")
         x_in, scaling = self._enter(x) if x is not None else (None, None)
-        return self._leave(self._decode(f, x_in), x, scaling)
+        return self._leave(self._decode(f.to(self.W_dec.dtype), x_in), x, scaling)
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(latents [..., d_sae], reconstruction in the shape of x, or [..., d_out] for a transcoder)."""
@@ -364,6 +366,8 @@ class SAE(nn.Module, ABC):
         from sae_core.checkpoint import save_sae
 
         save_sae(self, folder, sparsity=sparsity)
+
+    save_model = save  # SAELens' name for it
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

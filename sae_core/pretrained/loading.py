@@ -84,6 +84,9 @@ def load(path: str | Path, device: Device = "cpu", dtype: DType = None) -> SAE:
             raise CheckpointError(f"{folder}: a file in no known format; accepted is {ACCEPTED}")
         return _read(_local(folder), format, device, dtype)
     names = _names(folder)
+    if names is None and not folder.exists() and (is_release(str(path)) or re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))):
+        how = "SAE.from_pretrained(release, sae_id)" if is_release(str(path)) else "SAE.from_hub(repo_id, path)"
+        raise CheckpointError(f"{folder}: no such folder; if it is on the hub: {how}")
     if names is None:  # as reading it will say
         return load_sae(folder, device=device, dtype=dtype)
     found = of_folder(names, str(folder))

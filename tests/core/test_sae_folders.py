@@ -467,3 +467,22 @@ def test_without_apply_b_dec_to_input_the_bias_is_not_subtracted(folder, data):
     edit(folder, architecture="standard", apply_b_dec_to_input=False)
     sae = SAE.load(folder)
     torch.testing.assert_close(sae.encode(data.x), torch.relu(data.x @ sae.W_enc + sae.b_enc))
+
+
+def test_names_of_the_hub_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, how in (("gpt2-small-res-jb", "from_pretrained"), ("someone/saes", "from_hub")):
+        with pytest.raises(CheckpointError, match=rf"{name}: no such folder; if it is on the hub: SAE.{how}\("):
+            SAE.load(name)
+    random_sae("topk", k=4).save_model("someone/saes")
+    assert SAE.load("someone/saes").cfg.k == 4
+
+
+def test_latents_are_decoded_in_the_saes_own_type_and_width():
+    sae, f = random_sae("standard"), torch.rand(3, 48)
+    coarse = SAE.replaced(sae, {}).to(torch.bfloat16)
+    assert coarse.decode(f).dtype == torch.bfloat16
+    torch.testing.assert_close(coarse.decode(f).float(), sae.decode(f), rtol=0.05, atol=0.05)
+    for wrong in (torch.rand(3, 96), torch.rand(())):
+        with pytest.raises(ConfigError, match=r"latents have shape .*; accepted: \[..., d_sae\] with d_sae 48"):
+            sae.decode(wrong)
