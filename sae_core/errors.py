@@ -11,3 +11,8 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint folder is incomplete, damaged, or of a kind that cannot be read."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, short enough to stand in a message of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

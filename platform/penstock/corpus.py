@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from penstock.errors import DataError
 from penstock.spec import DataSpec, SourceSpec
 from penstock.splits import Split, document_hash, split_of
+from sae_core.errors import one_line
 
 Content = str | np.ndarray
 
@@ -282,7 +283,7 @@ def _read_file(path: Path, kind: str, source: Source, *, whole_files: bool) -> I
             text = _text_stream(path).read()
             yield from [text] if whole_files else text.replace("\r\n", "\n").split("\n\n")
     except (OSError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{source.section}.dataset: {path} cannot be read as {kind}: {_short(error)}") from None
+        raise DataError(f"{source.section}.dataset: {path} cannot be read as {kind}: {one_line(error)}") from None
 
 
 def _require_column(source: Source, names: list[str], place: Path | str) -> None:
@@ -401,7 +402,7 @@ def _open_hub(source: Source, seed: int) -> Corpus:
                     yield content
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{source.field()} (subset {subset!r}, hub_split {hub_split!r}) cannot be read from the "
-                            f"hub: {_short(error)}") from None  # fmt: skip
+                            f"hub: {one_line(error)}") from None  # fmt: skip
 
     identity = f"hub:{name}/{subset}/{hub_split}@{revision}/{source.column}"
     return Corpus(source, lambda: identity, read, lambda: next(read(shuffled=False), None), stream=True)
@@ -414,13 +415,9 @@ def _hub_revision(source: Source) -> str:
     try:
         return huggingface_hub.HfApi().dataset_info(source.spec.dataset, timeout=20).sha
     except (OSError, ValueError) as error:
-        reason = _short(error)
+        reason = one_line(error)
     except Exception as error:  # the HTTP client's own errors share no base with OSError
         if not type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub", "requests")):
             raise
-        reason = _short(error)
+        reason = one_line(error)
     raise DataError(f"{source.field()} is no local file or folder, and the hub does not give it: {reason}")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from penstock.errors import ModelError
 from penstock.sites import Site
 from penstock.spec import ModelSpec
+from sae_core.errors import one_line
 from sae_core.model_processing import processing_of as processing_of
 from sae_core.pretrained import hub
 
@@ -92,7 +93,7 @@ def describe_model(model: ModelSpec) -> ModelDescription:
         hook_points = _hook_points(text)
     except AttributeError as error:
         raise ModelError(f"model.name {model.name!r}: a {config.model_type} is no causal language model with attention "
-                         f"({_short(error)})") from None  # fmt: skip
+                         f"({one_line(error)})") from None  # fmt: skip
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name {model.name!r}: a {config.model_type} is an encoder and decoder; accepted: "
                          "causal language models")  # fmt: skip
@@ -121,11 +122,11 @@ def _load_config(model: ModelSpec, place: Location) -> Any:
 def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
     if place.is_local:
         return (f"model.name {model.name!r}: the folder is not a complete model in Hugging Face format (config.json, "
-                f"model.safetensors, tokenizer.json): {_short(error)}")  # fmt: skip
+                f"model.safetensors, tokenizer.json): {one_line(error)}")  # fmt: skip
     near = [] if model.name in _aliases() else difflib.get_close_matches(model.name, _aliases(), n=1, cutoff=0.8)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     at = f" at revision {place.revision!r}" if place.revision else ""
-    why = _short(error) if may_download(place) else "it cannot be reached, and its cache here has no such model"
+    why = one_line(error) if may_download(place) else "it cannot be reached, and its cache here has no such model"
     return (f"model.name {model.name!r} is not a folder, and the hub does not give it{at}{hint}: {why}; accepted: "
             "`demo`, a folder, or the name of a model on the hub")  # fmt: skip
 
@@ -133,10 +134,6 @@ def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
 def may_download(place: Location) -> bool:
     """Whether the hub is to be asked for a model: not for a folder, nor where the hub cannot be reached."""
     return not place.is_local and hub.answers()
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _head_width(config: Any) -> int:
@@ -244,7 +241,7 @@ def check_weight_files(model: ModelSpec) -> None:
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"model.name {model.name!r}: {index.name} is damaged: {_short(error)}") from None
+        raise ModelError(f"model.name {model.name!r}: {index.name} is damaged: {one_line(error)}") from None
     if missing := sorted(name for name in named if not (folder / name).is_file()):
         raise ModelError(f"model.name {model.name!r}: the folder lacks {', '.join(missing[:5])}, which {index.name} "
                          "names")  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sae_core.errors import UserError
+from sae_core.errors import UserError, one_line
 
 _SECONDS = 5  # that the hub has to answer
 _ASK_AGAIN = 60.0  # seconds after it did not
@@ -175,8 +175,7 @@ def _no_repository(repo_id: str, revision: str | None, error: Exception | None) 
     at = f" at revision {revision!r}" if revision else ""
     if error is None:
         return UserError(f"{repo_id}{at}: not in {_ours()}, and the hub cannot be reached")
-    why = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"{repo_id}{at}: the hub does not give it ({type(error).__name__}: {why})")
+    return UserError(f"{repo_id}{at}: the hub does not give it ({type(error).__name__}: {one_line(error)})")
 
 
 def _ours() -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_core.architectures import ARCHITECTURES
 from sae_core.checkpoint import _check_tensors, _dtype, _find, _load_tensors, _read_json
-from sae_core.errors import CheckpointError
+from sae_core.errors import CheckpointError, one_line
 from sae_core.sae import SAE, SAEConfig
 
 _LARGEST_TEXT = 10_000_000  # bytes of a configuration
@@ -92,7 +92,7 @@ class Place:
                 arrays = {key: file[key] for key in file.files}
             return {key: torch.from_numpy(array) for key, array in arrays.items()}
         except Exception as error:  # a damaged archive fails in a dozen ways, all of them its own fault
-            raise CheckpointError(f"{folder / last}: not a whole .npz file of numbers ({_short(error)})") from None
+            raise CheckpointError(f"{folder / last}: not a whole .npz file of numbers ({one_line(error)})") from None
 
     def pickle(self, name: str) -> dict[str, Any]:
         """What torch.save wrote, by weights_only: tensors and plain values, nothing that runs code."""
@@ -104,7 +104,7 @@ class Place:
         except Exception as error:  # a damaged or hostile file fails in a dozen ways, all of them its own fault
             raise CheckpointError(
                 f"{folder / last}: not a file of tensors that torch.save wrote (read with weights_only, so that no "
-                f"code in it runs): {_short(error)}"
+                f"code in it runs): {one_line(error)}"
             ) from None
         if not isinstance(content, dict):
             raise CheckpointError(f"{folder / last}: holds a {type(content).__name__}; expected is a state dict")
@@ -274,11 +274,6 @@ def _refuse_inflated(path: Path, name: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(item.file_size for item in archive.infolist())
     except Exception as error:  # as above
-        raise CheckpointError(f"{name}: a damaged archive ({_short(error)})") from None
+        raise CheckpointError(f"{name}: a damaged archive ({one_line(error)})") from None
     if unpacked > _INFLATION * path.stat().st_size + 1_000_000:
         raise CheckpointError(f"{name}: {path.stat().st_size} bytes that unpack to {unpacked}; weights do not")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
