@@ -280,7 +280,11 @@ class SplicedModel:
     @property
     def hook_dict(self) -> dict[str, Any]:
         own = vars(self).get("_own_hook_dict")
-        return {**super().hook_dict, **self._sae_hooks()} if own is None else own
+        if own is not None:
+            return own
+        # a bridge that looks through itself anew, for its compatibility mode, keeps what it found at the time
+        lasting = {name: point for name, point in super().hook_dict.items() if ".hook_sae_" not in name}
+        return {**lasting, **self._sae_hooks()}
 
     @hook_dict.setter
     def hook_dict(self, value: dict[str, Any]) -> None:

@@ -434,3 +434,15 @@ def test_a_hook_point_that_the_model_passes_by_is_said(bridge):
         bridge(TOKENS, stop_at_layer=1)  # not as far as that
         with pytest.raises(ConfigError, match="'blocks.1.attn.qkv.hook_out': the model has passed it by"):
             bridge(TOKENS)
+
+
+@torch.no_grad()
+def test_compatibility_mode_with_an_sae_attached(tiny_model):
+    model = with_saes(copy.deepcopy(tiny_model))
+    model.add_sae(make())
+    spliced = model(TOKENS)
+    model.enable_compatibility_mode(no_processing=True)
+    torch.testing.assert_close(model(TOKENS), spliced, **CLOSE)
+    model.reset_saes()
+    torch.testing.assert_close(model(TOKENS), tiny_model(TOKENS), **CLOSE)
+    assert not [name for name in model.hook_dict if "hook_sae" in name]
