@@ -79,13 +79,17 @@ def releases(model: str | None = None, release: str | None = None) -> "pd.DataFr
     columns = ["release", "sae_id", "model", "format", "l0", "variance_explained", "neuronpedia_id", "repo_id", "path"]
     wanted = [
         entry
-        for name in _table()
+        for name in names()
         if release is None or release.lower() in name.lower()
         if model is None or model.lower() in _table()[name]["model"].lower()
-        if _table()[name]["format"] not in REFUSED
         for entry in entries(name).values()
     ]
     return pd.DataFrame([[getattr(entry, name) for name in columns] for entry in wanted], columns=columns)
+
+
+def names() -> list[str]:
+    """The releases that can be loaded."""
+    return [name for name, there in _table().items() if there["format"] not in REFUSED]
 
 
 def find(release: str, sae_id: str) -> Entry:

@@ -10,6 +10,8 @@ pytestmark = [
 ]
 sae_lens = pytest.importorskip("sae_lens")
 
+from sae_lens.loading import pretrained_saes_directory  # noqa: E402
+
 from penstock import compat  # noqa: E402
 
 TRAINED = ["Standard", "Gated", "TopK", "BatchTopK", "MatryoshkaBatchTopK", "JumpReLU"]
@@ -54,3 +56,14 @@ def test_every_name_of_sae_lens_is_here_or_says_what_is(name):
             getattr(compat, name)
     else:
         assert getattr(compat, name) is not None
+
+
+def test_the_directory_is_that_of_sae_lens():
+    theirs, ours = pretrained_saes_directory.get_pretrained_saes_directory(), compat.get_pretrained_saes_directory()
+    assert len(ours) > 150 and ours.keys() <= theirs.keys()
+    for name, release in ours.items():
+        for field in ("release", "repo_id", "model", "saes_map"):
+            assert getattr(release, field) == getattr(theirs[name], field), (name, field)
+    ours, theirs = vars(ours["gpt2-small-res-jb"]), vars(theirs["gpt2-small-res-jb"])
+    assert ours.keys() == theirs.keys()
+    assert ours == {**theirs, "conversion_func": "sae_lens"}

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 import penstock.compat as compat
 from penstock.compat import (
@@ -247,11 +249,21 @@ def test_it_is_said_in_one_place(tmp_path):
         ({"training_tokens": 100}, "tokens 100 is less than one batch"),
         ({"context_size": 4000}, "reads at most 256 tokens"),
         ({"disable_concat_sequences": True}, "disable_concat_sequences is True"),
+        ({"training_tokens": "2M"}, "training_tokens is '2M'; accepted is a number above 0"),
+        ({"train_batch_size_tokens": 0}, "train_batch_size_tokens is 0; accepted is a number above 0"),
+        ({"expansion_factor": "8x"}, "expansion_factor is '8x'; accepted is a number"),
+        ({"architecture": "topk", "k": 0}, "k is 0: input should be greater than 0"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(keywords, message):
     with pytest.raises(UserError, match=message):
         spec_of(**keywords)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    found = spec_of(architecture="topk", k=torch.tensor(8), d_sae=np.int64(256), training_tokens=np.float64(1e6))
+    again = spec_of(architecture="topk", k=8, d_sae=256, training_tokens=1_000_000)
+    assert found == again and type(found.saes[0]["k"]) is type(found.saes[0]["d_sae"]) is int
 
 
 def test_a_typo_in_a_nested_configuration_or_an_attribute_is_refused():
@@ -296,6 +308,15 @@ def test_models_are_processed_as_the_names_promise():
     assert isinstance(plain, HookedSAETransformer) and plain.acts_to_saes == {}
     centred = HookedSAETransformer.from_pretrained_no_processing("demo", center_writing_weights=True)
     assert state_of(centred, "center_writing_weights") is True and state_of(centred, "fold_ln") is False
+
+
+@pytest.mark.parametrize("load", [HookedSAETransformer.from_pretrained, HookedSAETransformer.boot_transformers])
+def test_gradients_reach_the_hooks_of_scripts(load):
+    model, seen = load("demo"), {}
+    model.add_hook("blocks.2.hook_resid_post", lambda gradient, hook: seen.update({hook.name: gradient}), "bwd")
+    model("class Shape:", return_type="loss").backward()
+    model.reset_hooks()
+    assert seen and all(gradient.abs().sum() > 0 for gradient in seen.values())
 
 
 def test_arguments_of_models_are_honoured_or_refused():

@@ -15,12 +15,15 @@ _MODULES = {
     ],
     "evals": ["EvalConfig", "get_eval_everything_config", "run_evals"],
     "keywords": ["KEYWORDS"],
+    "directory": ["get_pretrained_saes_directory"],
     "model": ["HookedSAETransformer", "SAETransformerBridge"],
     "runner": ["LanguageModelSAETrainingRunner", "SAETrainingRunner"],
     "store": ["ActivationsStore"],
 }  # fmt: skip
 _HOME = {name: f"penstock.compat.{module}" for module, names in _MODULES.items() for name in names}
 _HOME |= dict.fromkeys(("SAE", "SAEConfig"), "sae_core")
+_NEURONPEDIA = ("get_neuronpedia_quick_list", "open_neuronpedia_feature_dashboard")
+_HOME |= dict.fromkeys(_NEURONPEDIA, "sae_core.analysis.neuronpedia")
 _HOME |= dict.fromkeys(("StandardSAE", "GatedSAE", "TopKSAE", "JumpReLUSAE"), "sae_core")
 
 _TRAINER = "training is SAETrainingRunner's, or penstock.train's; a step of your own is sae_core.SAETrainer's"

@@ -62,7 +62,8 @@ class HookedSAETransformer(metaclass=_AnySpliced):
         **limited: Any,
     ) -> Any:
         """The model, its weights processed as asked. Those of a model with RMS norms are never centred, as in
-        TransformerLens: its norms do not take out a mean. `device`: a GPU where there is one unless given.
+        TransformerLens: its norms do not take out a mean. `device`: a GPU where there is one unless given. Gradients
+        are recorded, also as there, unless the script says `torch.no_grad()`.
 
         Raises ConfigError for an argument that has no counterpart here, and `ModelError` for a model that cannot be
         loaded.
@@ -92,7 +93,7 @@ class HookedSAETransformer(metaclass=_AnySpliced):
                 center_unembed=center_unembed,
                 fold_value_biases=fold_value_biases,
             )
-            bridge.eval().requires_grad_(False)
+        bridge.eval().requires_grad_(True)  # for the gradients that scripts take at hooks
         if default_prepend_bos is not None:
             bridge.cfg.default_prepend_bos = default_prepend_bos
         return with_saes(bridge)
