@@ -190,7 +190,7 @@ class _Saes(Mapping[str, Any]):
 
 def spec_of(settings: Mapping[str, Any]) -> SweepSpec:
     """The spec that keywords of `train` stand for. Raises `SpecError`."""
-    given = {name: _plain(value) for name, value in settings.items()}
+    given = {name: plain(value) for name, value in settings.items()}
     raw: dict[str, Any] = {"name": "train"}
     for name in [name for name in given if name in SweepSpec.model_fields]:
         value = given.pop(name)
@@ -283,14 +283,14 @@ def _example(what: str) -> str:
     }[what]
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists and paths as texts, as YAML would have them; numbers of numpy as Python's."""
+def plain(value: Any) -> Any:
+    """Tuples as lists and paths as texts, as YAML would have them; numbers of numpy and torch as Python's."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    return value.item() if hasattr(value, "item") and not hasattr(value, "__len__") else value
+    return value.item() if getattr(value, "ndim", None) == 0 else value

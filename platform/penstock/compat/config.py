@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from penstock.compat.keywords import KEYWORDS, OLDER, shown
@@ -14,7 +15,7 @@ from penstock.errors import ConfigError, SpecError
 from penstock.models import ModelDescription, describe_model, processing_of
 from penstock.plan import LOW_L1_COEFFICIENT, check_sweep
 from penstock.spec import LEAST_BLOCK_TOKENS, MOST_BLOCK_TOKENS, ModelSpec, SweepSpec, check_spec
-from penstock.train_one import local_gpus
+from penstock.train_one import local_gpus, plain
 
 SOURCE = "LanguageModelSAERunnerConfig"
 ARCHITECTURES = {
@@ -38,6 +39,11 @@ _ONLY_FOR = {
     **dict.fromkeys(("jumprelu_ste_to_input", "pre_act_loss_coefficient"), ("jumprelu",)),
     **dict.fromkeys(("l1_coefficient", "l1_warm_up_steps"), ("standard", "gated", "jumprelu")),
 }
+# What is reckoned with here, before the spec's own checks; of the counts none may be 0.
+_COUNTS = ("training_tokens", "train_batch_size_tokens", "context_size", "store_batch_size_prompts",
+           "n_batches_in_buffer")  # fmt: skip
+_NUMBERS = ("n_eval_batches", "eval_batch_size_prompts", "lr_warm_up_steps", "dead_feature_window", "d_sae",
+            "expansion_factor", "l1_coefficient")  # fmt: skip
 
 
 class CompatibilityNotice(UserWarning):
@@ -238,6 +244,7 @@ class _Resolver:
             if not self.given.get(name):
                 hint = ", like 'demo' or 'gpt2-small'" if name == "model_name" else ""
                 raise ConfigError(f"{SOURCE}: {name} is missing{hint}")
+        self._check_numbers()
         for name, keyword in KEYWORDS.items():
             value = self.given.get(name, keyword.default)
             if keyword.treatment in ("replaced", "no difference") and not _same_value(value, keyword.default):
@@ -258,10 +265,19 @@ class _Resolver:
         if self.given.get("log_to_wandb"):
             raw["tracking"] = {"wandb_project": self.cfg.wandb_project, "wandb_entity": self.cfg.wandb_entity}
         try:
-            spec, description = check_sweep(check_spec(raw, SOURCE))
+            spec, description = check_sweep(check_spec(plain(raw), SOURCE))
         except SpecError as error:
             raise SpecError(f"{error}{self._origins(str(error))}") from None
         return Resolved(spec, description, tuple(self.notices))
+
+    def _check_numbers(self) -> None:
+        for name in (*_COUNTS, *_NUMBERS):
+            value, is_count = plain(getattr(self.cfg, name)), name in _COUNTS
+            if value is None and not is_count:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or (is_count and not value > 0):
+                raise ConfigError(f"{SOURCE}: {name} is {value!r}; accepted is a number"
+                                  f"{' above 0' if is_count else ''}")  # fmt: skip
 
     def _say(self, name: str, text: str) -> None:
         self.notices.append(f"{name}={self.given.get(name)!r}: {text}" if name in self.given else f"{name}: {text}")
@@ -486,7 +502,8 @@ class _Resolver:
     def _sparsity(self, architecture: str, d_in: int) -> Iterator[tuple[str, Any]]:
         cfg, given = self.cfg, self.given
         if architecture in _SPARSE_BY_K:
-            k = given.get("k") or (given.get("activation_fn_kwargs") or {}).get("k")
+            k = given.get("k")
+            k = (given.get("activation_fn_kwargs") or {}).get("k") if k is None else k
             if k is None:
                 raise ConfigError(f"{SOURCE}: k is missing: how many latents are active on a token (k=32, or "
                                   "activation_fn_kwargs={'k': 32})")  # fmt: skip
