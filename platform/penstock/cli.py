@@ -421,7 +421,8 @@ def _features(arguments: argparse.Namespace, home: Home) -> int:
         read_features(name)
         folders = [Path(name)]
     else:
-        folders = _make_features(arguments, home, ours)
+        with _terminated_as_interrupt():  # or what has been written so far would be left beside the folder
+            folders = _make_features(arguments, home, ours)
     return _show_features(arguments, folders)
 
 
@@ -701,8 +702,8 @@ def _free_port(wanted: int) -> int:
 
 @contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that the server never outlives this process; and Ctrl-C itself, which a shell makes a
-    process in the background ignore."""
+    """SIGTERM as Ctrl-C, so that nothing is left behind, no server and no half of a folder; and Ctrl-C itself, which a
+    shell makes a process in the background ignore."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -55,6 +55,7 @@ TOKENS = 500_000  # unless asked for otherwise, or where the split has fewer
 SLICE_TOKENS = 16_384
 BUDGET_GB = 2.0
 _LATENTS_AT_ONCE = 1024  # whose logits and neighbours are one piece of work
+_LEAST_LATENTS = 64  # of a pass: the SAE is run anew for each
 _SPLIT: Split = "report"
 _METADATA = (
     "model_name", "model_processing", "model_dtype", "model_from_pretrained_kwargs", "hook_head_index", "dataset_path",
@@ -158,6 +159,9 @@ def features_of_sweep(
     runs = find_sweep(home, name)
     rows = _chosen(home, runs, which)
     sweep = resolve(home, runs)
+    if to is not None and len(rows) > 1:
+        _check_parent(to)
+    _check_budget(budget_gb, settings)
     found = []
     for row in rows:
         key = key_of(row.to_dict())
@@ -188,6 +192,7 @@ def features_of_folder(
     """Make the dashboard of an SAE folder, by what it says of its model, hook point and dataset but for what is asked
     for. `to` as in `features_of_sweep`. Raises a `UserError` that names the folder."""
     workers, settings = workers or Workers(), settings or FeatureSettings()
+    _check_budget(budget_gb, settings)
     loaded = load_folder(folder, hook_point)
     sae_id = content_id([loaded.digest, loaded.site.label])
     name = Path(os.path.abspath(folder)).name
@@ -207,7 +212,8 @@ def features_of_folder(
     spec = word.spec.model_copy(update={"name": name, "resources": resources})
     ground = _Ground(spec, home, store, _n_rows(store, tokens), settings, workers, budget_gb)
     about = _about_sae(loaded.sae, loaded.site, sae_id, None, name)
-    about["metadata"].setdefault("model_name", spec.model.name)
+    if model is not None or "model_name" not in about["metadata"]:
+        about["metadata"]["model_name"] = spec.model.name
     about["metadata"]["model_processing"] = spec.model.processing
     [made] = _make(ground, [_Looked(sae_id, loaded.sae, loaded.site, target, about, is_foreign=True)])
     return made
@@ -300,6 +306,21 @@ def _check_target(folder: Path) -> None:
                          "which is replaced")  # fmt: skip
 
 
+def _check_parent(folder: Path) -> None:
+    """Of several folders of features."""
+    if folder.is_file() or is_features(folder) or (folder / "cfg.json").exists():
+        what = "a file" if folder.is_file() else "a folder of one SAE"
+        raise SweepError(f"--to {str(folder)!r} is {what}, and there are several; accepted: a folder to hold theirs, "
+                         "or one SAE by --sae or --hook-point")  # fmt: skip
+
+
+def _check_budget(budget_gb: float, settings: FeatureSettings) -> None:
+    least = _LEAST_LATENTS * settings.bytes_per_latent / 1e9
+    if budget_gb < least:
+        raise SweepError(f"--memory {budget_gb:g}: accepted is a number of GB from {least:.2g} on, which is what "
+                         f"{_LEAST_LATENTS} latents take; each so many are a further pass over the tokens")  # fmt: skip
+
+
 def _is_there(looked: _Looked, ground: _Ground) -> bool:
     """Whether the folder holds the features of this SAE, on these rows and by these settings."""
     try:
@@ -323,10 +344,24 @@ def _make(ground: _Ground, every: Sequence[_Looked]) -> list[Path]:
         else:
             todo.append(looked)
     if todo:
-        with contextlib.closing(_start(ground, todo)) as crew, contextlib.ExitStack() as stack:
-            writers = {looked.name: stack.enter_context(FeatureWriter(looked.folder)) for looked in todo}
+        with contextlib.ExitStack() as stack:
+            writers = {}
+            for looked in todo:  # before anything is started whose result could not be written
+                with _writing_to(looked.folder):
+                    writers[looked.name] = stack.enter_context(FeatureWriter(looked.folder))
+            crew = stack.enter_context(contextlib.closing(_start(ground, todo)))
             _Run(ground, todo, writers, crew).run()
     return [looked.folder for looked in every]
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        raise SweepError(f"features cannot be written to {str(folder)!r}: {reason}; accepted: --to with a folder that "
+                         "can be, and has room") from None  # fmt: skip
 
 
 class _Run:
@@ -393,10 +428,11 @@ class _Run:
                 say(f"{looked.name}: no logits: what is written at {looked.site.writes} reaches the residual stream by "
                     "no linear path")  # fmt: skip
             table = latents_table(one, group.latents, logits, neighbours)
-            self._writers[group.name].add(table, example_tables(one, group.latents, ground.tokens_of))
             figures.add(one)
-            if group.latents.stop == looked.sae.d_sae:
-                self._close(looked, figures)
+            with _writing_to(looked.folder):
+                self._writers[group.name].add(table, example_tables(one, group.latents, ground.tokens_of))
+                if group.latents.stop == looked.sae.d_sae:
+                    self._close(looked, figures)
 
     def _of_latents(
         self, groups: Sequence[Group]

@@ -298,6 +298,8 @@ def test_the_command_prints_the_folder_figures_and_what_comes_next(home, made, d
         (("SAE", "--sae", "abc"), "--sae cannot be given for an SAE folder; accepted: for a sweep"),
         (("SAE", "--to", "FOREIGN"), "holds keep.txt; accepted: a new or empty folder, or one of features"),
         (("SAE", "--to", "FOREIGN/keep.txt"), "is a file"),
+        (("SAE", "--to", "FOREIGN/keep.txt/features"), "features cannot be written to"),
+        (("SAE", "--memory", "0"), "--memory 0: accepted is a number of GB from"),
         (("SAE", "--hook-point", "blocks.99.hook_resid_post"), "has no 'blocks.99.hook_resid_post'"),
         (("SAE", "--dataset", "/nowhere.txt"), "/nowhere.txt"),
         (("SAE", "--context", "1"), "--context 1: input should be greater than 1"),
@@ -340,6 +342,27 @@ def test_a_page_of_several_saes_is_refused_before_anything_is_computed(sweep, ca
     assert "--page is of one SAE" in capsys.readouterr().err
     with pytest.raises(SweepError, match="no SAE 'zz'"):
         features_of_sweep(sweep.home, "tiny", Which(sae="zz"), ASKED)
+
+
+def test_features_of_several_saes_do_not_go_into_those_of_one(sweep, tmp_path):
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(SweepError, match="is a folder of one SAE, and there are several; accepted: a folder to hold"):
+        features_of_sweep(sweep.home, "tiny", Which(l0=(0, 100)), Asked(tokens=200), settings=SMALL, to=tmp_path)
+    with pytest.raises(SweepError, match="is a file, and there are several"):
+        features_of_sweep(sweep.home, "tiny", Which(l0=(0, 100)), Asked(tokens=200), to=tmp_path / "cfg.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["cfg.json"]
+
+
+def test_features_on_another_model_are_others(home, demo_saes, tmp_path, capsys):
+    """The SAE on a copy of its model, whose weights may be other ones."""
+    from penstock import demo
+
+    copy, to = tmp_path / "model", tmp_path / "features"
+    shutil.copytree(demo.MODEL_FOLDER, copy)
+    for model in (None, str(copy)):
+        features_of_folder(home, str(demo_saes[HOOK]), Asked(tokens=1000), model=model, settings=SMALL, to=to)
+        assert "is there already" not in capsys.readouterr().err
+    assert read_features(to).about["sae"]["metadata"]["model_name"] == str(copy)
 
 
 def test_where_the_work_is_done(monkeypatch):
