@@ -11,6 +11,7 @@ An activation of 0 at a token that is excluded (BOS, first positions) says nothi
 groups of examples.parquet hold whole latents, so that the examples of one are read in an instant.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -67,8 +68,9 @@ class FeatureWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._latents.close()
-        self._examples.close()
+        for file in (self._latents, self._examples):
+            with contextlib.suppress(OSError):  # no room for its end either; `close` has told otherwise
+                file.close()
         shutil.rmtree(self._staged, ignore_errors=True)
 
     def add(self, latents: pa.Table, examples: Iterable[pa.Table]) -> None:

@@ -1,6 +1,7 @@
 """`penstock features` of a real SAE of the demo model, and of a sweep of a tiny one, in this process."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -319,6 +320,17 @@ def test_what_cannot_be_is_refused_in_one_message(arguments, message, home, made
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
     assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_a_disk_without_room_is_said_and_left_as_it_was(home, demo_saes, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        status = run(demo_saes[HOOK], "--tokens", "4000", "--to", tmp_path / "full", "--home", home.path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2 and "full': File too large; accepted: --to with a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_tokens_are_refused(demo_saes, capsys):
