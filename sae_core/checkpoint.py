@@ -1,27 +1,25 @@
 """Reading and writing SAELens' folder format: cfg.json, sae_weights.safetensors, sparsity.safetensors.
 
-Only safetensors and JSON are ever read, and only from the folder itself. Whatever is wrong with a folder is a
-CheckpointError that names file and field. Beside the SAEs that SAELens uses, two kinds of its training checkpoints are
-read: those of batch top-k SAEs, as the JumpReLU SAE that they are used as, and unfolded ones, if the normalisation that
-they were trained with lies beside them.
+Only safetensors and JSON are ever read, and only from the folder itself (see files.py). Whatever is wrong with a folder
+is a CheckpointError that names file and field. Beside the SAEs that SAELens uses, two kinds of its training checkpoints
+are read: those of batch top-k SAEs, as the JumpReLU SAE that they are used as, and unfolded ones, if the normalisation
+that they were trained with lies beside them.
 """
 
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_core.architectures import ARCHITECTURES
 from sae_core.errors import CheckpointError, ConfigError
+from sae_core.files import DTYPES, check_tensors, dtype_of, flag, load_tensors, read_json, whole
 from sae_core.normalization import PER_TOKEN, Whitening
 from sae_core.sae import SAE, SAEConfig
 from sae_core.settings import nearest
@@ -30,7 +28,6 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 # What SAELens' trainer lays beside a checkpoint whose weights still expect normalised activations.
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 UNFOLDED = ("expected_average_only_in", "covariance_whitening")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # The revision of the format that is written. SAELens drops nested metadata that claims a format before 6.0.0.
 FORMAT_VERSION = "6.54.12"
 # Keys of the flat configuration that SAELens wrote before 6.0.0 and that describe the weights; the rest is metadata.
@@ -98,20 +95,20 @@ def load_sae(
     folder = Path(folder)
     raw, form = _read_config(folder, overrides or {})
     path = folder / CONFIG
-    target = _dtype(raw.get("dtype", "float32"), f"{path}: dtype") if dtype is None else _dtype(dtype, "dtype")
+    target = dtype_of(raw.get("dtype", "float32"), f"{path}: dtype") if dtype is None else dtype_of(dtype, "dtype")
     cfg = _config(raw, form, path)
     cfg = cfg.model_copy(update={"dtype": str(target).removeprefix("torch.")})
     sae_class = ARCHITECTURES[form.architecture]
     shapes = sae_class.shapes(cfg)
     if form.batch_top_k:
         shapes = {name: shape for name, shape in shapes.items() if name != "threshold"} | {"topk_threshold": ()}
-    tensors = _load_tensors(folder, WEIGHTS)
+    tensors = load_tensors(folder, WEIGHTS)
     if "log_threshold" in tensors:  # of SAELens' older training checkpoints
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     factor = tensors.pop("scaling_factor", None)
-    _check_tensors(tensors, shapes, folder / WEIGHTS)
+    check_tensors(tensors, shapes, folder / WEIGHTS)
     if factor is not None:  # old: of each latent's output, nearly always 1
-        _check_tensors({"scaling_factor": factor}, {"scaling_factor": (cfg.d_sae,)}, folder / WEIGHTS)
+        check_tensors({"scaling_factor": factor}, {"scaling_factor": (cfg.d_sae,)}, folder / WEIGHTS)
         if raw.get("finetuning_scaling_factor") is False and not torch.allclose(factor, torch.ones_like(factor)):
             raise CheckpointError(
                 f"{folder / WEIGHTS}: scaling_factor is not 1, and finetuning_scaling_factor of {CONFIG} is false: "
@@ -136,7 +133,7 @@ def load_sparsity(folder: str | Path) -> Tensor | None:
     path = Path(folder) / SPARSITY
     if not os.path.lexists(path):
         return None
-    tensors = _load_tensors(Path(folder), SPARSITY)
+    tensors = load_tensors(Path(folder), SPARSITY)
     if "sparsity" not in tensors:
         raise CheckpointError(f"{path}: no tensor 'sparsity'; it has {sorted(tensors)}")
     sparsity = tensors["sparsity"]
@@ -152,7 +149,7 @@ def load_sparsity(folder: str | Path) -> Tensor | None:
 
 def _read_config(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Form]:
     """The configuration in `folder` in today's form, and what its architecture is here."""
-    raw = {**_read_json(folder, CONFIG), **overrides}
+    raw = {**read_json(folder, CONFIG), **overrides}
     path = folder / CONFIG
     if not isinstance(raw.get("metadata"), dict | None):
         raise CheckpointError(f"{path}: metadata is {raw['metadata']!r}; accepted is an object")
@@ -194,17 +191,17 @@ def _config(raw: Mapping[str, Any], form: Form, path: Path) -> SAEConfig:
     if form.transcoder and subtracts:
         raise CheckpointError(f"{path}: apply_b_dec_to_input is True; a transcoder's is false, its b_dec is an output")
     mode = raw["normalize_activations"]
-    d_in, d_sae = _whole(raw, "d_in", path), _whole(raw, "d_sae", path)
+    d_in, d_sae = whole(raw.get("d_in"), "d_in", path), whole(raw.get("d_sae"), "d_sae", path)
     return SAEConfig(
         architecture=form.architecture,
         d_in=d_in,
         d_sae=d_sae,
-        d_out=_whole(raw, "d_out", path) if form.transcoder else None,
+        d_out=whole(raw.get("d_out"), "d_out", path) if form.transcoder else None,
         skip=form.skip,
         apply_b_dec_to_input=subtracts,
         normalize_activations=mode if mode in PER_TOKEN else "none",
         reshape_activations=_one_of(raw, "reshape_activations", ("none", "hook_z"), path),
-        k=min(_whole(raw, "k", path), d_sae) if topk else None,
+        k=min(whole(raw.get("k"), "k", path), d_sae) if topk else None,
         # SAELens' trainer takes it for true unless told otherwise, and always writes it
         rescale_acts_by_decoder_norm=(topk or form.batch_top_k)
         and _flag(raw, "rescale_acts_by_decoder_norm", form.batch_top_k, path),
@@ -221,18 +218,8 @@ def _with_nesting(metadata: dict[str, Any], d_sae: int) -> dict[str, Any]:
     return {**metadata, "matryoshka": {"widths": widths}}
 
 
-def _whole(raw: Mapping[str, Any], name: str, path: Path) -> int:
-    value = raw.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"{path}: {name} is {value!r}; accepted is a whole number above 0")
-    return value
-
-
 def _flag(raw: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
-    value = raw.get(name)
-    if not isinstance(value, bool | None):
-        raise CheckpointError(f"{path}: {name} is {value!r}; accepted: true, false")
-    return default if value is None else value
+    return default if raw.get(name) is None else flag(raw[name], name, path)
 
 
 def _one_of(raw: Mapping[str, Any], name: str, accepted: tuple[str, ...], path: Path) -> str:
@@ -241,13 +228,6 @@ def _one_of(raw: Mapping[str, Any], name: str, accepted: tuple[str, ...], path: 
     if value is not None and value not in accepted:
         raise CheckpointError(f"{path}: {name} is {value!r}; accepted: {', '.join(accepted)}")
     return accepted[0] if value is None else value
-
-
-def _dtype(given: object, field: str) -> torch.dtype:
-    name = str(given).removeprefix("torch.")
-    if name not in DTYPES:
-        raise CheckpointError(f"{field} is {given!r}; accepted: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _written_config(sae: SAE) -> str:
@@ -306,13 +286,13 @@ def _folded(sae: SAE, mode: str, folder: Path, known_scale: float | None) -> SAE
             "or one saved folded (fold_activation_norm_scaling_factor)"
         )
     if mode == "expected_average_only_in":
-        scale = _read_json(folder, SCALER).get("scaling_factor")
+        scale = read_json(folder, SCALER).get("scaling_factor")
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
             raise CheckpointError(f"{path}: scaling_factor is {scale!r}; accepted is a number above 0")
         return sae.folded(float(scale), float(scale))
-    tensors = _load_tensors(folder, WHITENING)
+    tensors = load_tensors(folder, WHITENING)
     square = (sae.d_in, sae.d_in)
-    _check_tensors(tensors, {"mean": square[:1], "matrix": square, "inverse_matrix": square}, folder / WHITENING)
+    check_tensors(tensors, {"mean": square[:1], "matrix": square, "inverse_matrix": square}, folder / WHITENING)
     whitening = Whitening(*(tensors[name].double() for name in ("mean", "matrix", "inverse_matrix")))
     if sae.cfg.rescale_acts_by_decoder_norm:
         sae = sae.unit_rows().replaced(rescale_acts_by_decoder_norm=False)
@@ -320,50 +300,6 @@ def _folded(sae: SAE, mode: str, folder: Path, known_scale: float | None) -> SAE
 
 
 # ---- files ----
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    real = _find(folder, name)
-    try:
-        raw = json.loads(Path(real).read_bytes().decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no text
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Readers differ in which of two values they take: neither is what was meant for sure."""
-    seen: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in seen:
-            raise ValueError(f"{name!r} stands there twice")
-        seen[name] = value
-    return seen
-
-
-def _find(folder: Path, name: str) -> str:
-    """The real path of a file of the folder. A link must not lead out of it, but for those of a Hugging Face cache,
-    whose snapshots link to the blobs beside them."""
-    try:
-        if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise CheckpointError(f"{folder}: no folder, but a file")
-        base, real = Path(os.path.realpath(folder)), os.path.realpath(folder / name, strict=True)
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            raise CheckpointError(f"{folder / name}: cannot be read ({error.strerror})") from None
-        what = f"{name} is missing; expected are {CONFIG} and {WEIGHTS}" if folder.is_dir() else "no such folder"
-        raise CheckpointError(f"{folder}: {what}") from None
-    homes = [base, *(above.parent / "blobs" for above in (base, *base.parents) if above.name == "snapshots")]
-    if not any(Path(real).is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{folder / name}: links to {real}; accepted are files of the folder itself")
-    if not os.path.isfile(real):
-        raise CheckpointError(f"{folder / name}: not a file")
-    return real
 
 
 def _fresh(path: Path) -> Path:
@@ -376,31 +312,3 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     partial = _fresh(path.with_name(path.name + ".partial"))
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, path)
-
-
-def _load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    path = folder / name
-    real = _find(folder, name)
-    try:
-        with open(real, "rb"):  # safetensors calls any file missing that it may not open
-            return load_file(real)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file, truncated or damaged ({error})") from None
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    if missing := sorted(shapes.keys() - tensors.keys()):
-        raise CheckpointError(f"{path}: the tensors {missing} are missing; it has {sorted(tensors)}")
-    if unknown := sorted(tensors.keys() - shapes.keys()):
-        raise CheckpointError(f"{path}: unknown tensors {unknown}; expected are {sorted(shapes)}")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(f"{path}: {name} has shape {list(tensors[name].shape)}; expected is {list(shape)}")
-        if tensors[name].dtype not in DTYPES.values():
-            raise CheckpointError(f"{path}: {name} has type {tensors[name].dtype}; accepted: {', '.join(DTYPES)}")
-        least, most = (float(end) for end in tensors[name].aminmax())  # isfinite would make a copy of it
-        # a latent above whose threshold nothing is does not fire: so some are switched off
-        if not isfinite(least) or not (isfinite(most) or (name == "threshold" and most > 0)):
-            raise CheckpointError(f"{path}: {name} has values that are not finite numbers")

@@ -20,8 +20,8 @@ import yaml
 from torch import Tensor
 
 from sae_core.architectures import ARCHITECTURES
-from sae_core.checkpoint import _check_tensors, _dtype, _find, _load_tensors, _read_json
 from sae_core.errors import CheckpointError, one_line
+from sae_core.files import check_tensors, dtype_of, find_file, load_tensors, read_json, whole
 from sae_core.sae import SAE, SAEConfig
 
 _LARGEST_TEXT = 10_000_000  # bytes of a configuration
@@ -64,11 +64,11 @@ class Place:
 
     def json(self, name: str) -> dict[str, Any]:
         folder, last = self._split(name)
-        return _read_json(folder, last)
+        return read_json(folder, last)
 
     def yaml(self, name: str) -> dict[str, Any]:
         folder, last = self._split(name)
-        path = Path(_find(folder, last))
+        path = Path(find_file(folder, last))
         if path.stat().st_size > _LARGEST_TEXT:
             raise CheckpointError(f"{folder / last}: {path.stat().st_size} bytes; no configuration is so large")
         try:
@@ -81,11 +81,11 @@ class Place:
 
     def safetensors(self, name: str) -> dict[str, Tensor]:
         folder, last = self._split(name)
-        return _load_tensors(folder, last)
+        return load_tensors(folder, last)
 
     def npz(self, name: str) -> dict[str, Tensor]:
         folder, last = self._split(name)
-        path = Path(_find(folder, last))
+        path = Path(find_file(folder, last))
         _refuse_inflated(path, folder / last)
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -97,7 +97,7 @@ class Place:
     def pickle(self, name: str) -> dict[str, Any]:
         """What torch.save wrote, by weights_only: tensors and plain values, nothing that runs code."""
         folder, last = self._split(name)
-        path = Path(_find(folder, last))
+        path = Path(find_file(folder, last))
         _refuse_inflated(path, folder / last)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -137,7 +137,7 @@ class Weights:
 
 def build(place: Place, weights: Weights, device: str | torch.device, dtype: str | torch.dtype | None) -> SAE:
     """The SAE of what a reader found, in `dtype` (None: float32), in which scales are folded in at full precision."""
-    target = _dtype("float32" if dtype is None else dtype, "dtype")
+    target = dtype_of("float32" if dtype is None else dtype, "dtype")
     d_in, d_sae = matrix(weights.tensors, "W_enc", place.name)
     _, d_out = matrix(weights.tensors, "W_dec", place.name)
     config = dict(weights.config)
@@ -154,7 +154,7 @@ def build(place: Place, weights: Weights, device: str | torch.device, dtype: str
     )
     sae_class = ARCHITECTURES[weights.architecture]
     shapes = sae_class.shapes(cfg)
-    _check_tensors(weights.tensors, shapes, Path(place.name))
+    check_tensors(weights.tensors, shapes, Path(place.name))
     scaled = weights.scales != (1.0, 1.0)
     middle = torch.promote_types(target, torch.float32) if scaled else target
     # contiguous: a transposed view would keep another layout in memory than training and kernels expect
@@ -222,22 +222,10 @@ def per_latent(threshold: Tensor, tensors: Mapping[str, Tensor], path: str) -> T
 # ---- fields ----
 
 
-def whole(value: Any, name: str, path: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"{path}: {name} is {value!r}; accepted is a whole number above 0")
-    return value
-
-
 def positive(value: Any, name: str, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(f"{path}: {name} is {value!r}; accepted is a number above 0")
     return float(value)
-
-
-def flag(value: Any, name: str, path: str) -> bool:
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {name} is {value!r}; accepted: true, false")
-    return value
 
 
 def count(value: Any) -> int | None:

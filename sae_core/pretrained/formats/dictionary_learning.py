@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_core.errors import CheckpointError
+from sae_core.files import whole
 from sae_core.pretrained.reading import (
     Place,
     Weights,
@@ -30,7 +31,6 @@ from sae_core.pretrained.reading import (
     take,
     tensors_only,
     text,
-    whole,
 )
 from sae_core.settings import nearest
 

@@ -16,7 +16,8 @@ from math import sqrt
 from typing import Any
 
 from sae_core.errors import CheckpointError
-from sae_core.pretrained.reading import Place, Weights, flag, matrix, per_latent, take, text
+from sae_core.files import flag
+from sae_core.pretrained.reading import Place, Weights, matrix, per_latent, take, text
 
 PARAMS, PARAMS_2, CONFIG_2 = "params.npz", "params.safetensors", "config.json"
 _DATA = {"prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted", "context_size": 1024}

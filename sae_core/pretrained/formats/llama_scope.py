@@ -22,19 +22,8 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import CheckpointError
-from sae_core.pretrained.reading import (
-    Place,
-    Weights,
-    flag,
-    matrix,
-    part,
-    per_latent,
-    positive,
-    same_sizes,
-    take,
-    text,
-    whole,
-)
+from sae_core.files import flag, whole
+from sae_core.pretrained.reading import Place, Weights, matrix, part, per_latent, positive, same_sizes, take, text
 
 HYPERPARAMS, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"

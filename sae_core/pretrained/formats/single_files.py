@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_core.errors import CheckpointError
-from sae_core.pretrained.reading import Place, Weights, matrix, same_sizes, take, tensors_only, text, whole
+from sae_core.files import whole
+from sae_core.pretrained.reading import Place, Weights, matrix, same_sizes, take, tensors_only, text
 
 _OPENAI_HOOKS = {
     "mlp_post_act": "mlp.hook_post", "resid_delta_mlp": "hook_mlp_out", "resid_delta_attn": "hook_attn_out",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sae_core.errors import CheckpointError
-from sae_core.pretrained.reading import Place, Weights, count, flag, matrix, same_sizes, take, text, whole
+from sae_core.files import flag, whole
+from sae_core.pretrained.reading import Place, Weights, count, matrix, same_sizes, take, text
 
 WEIGHTS, CONFIG, REPOSITORY_CONFIG = "sae.safetensors", "cfg.json", "config.json"
 # Options that change the function, and that only their being off is read.
