@@ -85,7 +85,8 @@ def _blank(base: type) -> Any:
 class SplicedModel:
     """A TransformerLens model into which SAEs can be spliced. Made by `with_saes`.
 
-    SAEs stay where they lie: activations are brought to their device and type and back.
+    SAEs stay where they lie: activations are brought to their device and type and back. As with TransformerLens' own
+    hooks, one thread at a time may run a model.
     """
 
     _splices: "dict[str, Splice]"  # by hook point written, as the model itself calls it
