@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pydantic import ValidationError
 
-from penstock.errors import CheckpointError, ModelError, SpecError, SweepError
+from penstock.errors import CheckpointError, DataError, ModelError, SpecError, SweepError
 from penstock.evaluate import Asked, evaluation_store, resolve, say, with_options
 from penstock.evaluated import Evaluated
 from penstock.evaluation import Evaluation, in_process, mean_file
@@ -135,7 +135,7 @@ def load_folder(path: str, hook_point: str | None) -> Folder:
     if hook_point is None:
         names = ("hook_name", "hook_name_out") if is_transcoder else ("hook_name",)
         if missing := [name for name in names if not isinstance(metadata.get(name), str)]:
-            raise CheckpointError(f"{path}: its cfg.json has no metadata.{missing[0]}; accepted: --hook-point "
+            raise CheckpointError(f"{path}: it has no metadata.{missing[0]}; accepted: --hook-point "
                                   f"{'READS -> WRITES' if is_transcoder else 'NAME'}")  # fmt: skip
         reads, writes = metadata[names[0]], metadata[names[-1]]
     else:
@@ -166,7 +166,10 @@ def by_their_word(
         raise ModelError(with_options(message) if model is not None else f"{loaded[0].path}: {message}") from None
     _check_fit(loaded, description)
     storage = Storage(home.storage_uri(None))
-    store = evaluation_store(spec.data, spec.model, description, storage)
+    try:
+        store = evaluation_store(spec.data, spec.model, description, storage)
+    except (DataError, ModelError) as error:
+        raise type(error)(_as_said(str(error), loaded[0], asked)) from None
     protocol = {"model": spec.model.name, **protocol_of(spec, store, "report", None, OWN_MEAN)}
     return Ground(spec, description, storage, store, protocol, {})
 
@@ -208,10 +211,20 @@ def _described(loaded: Sequence[Folder], asked: Asked, model: str | None, proces
         raise SpecError(f"{where}: {message[0].lower()}{message[1:]}") from None
 
 
+def _as_said(message: str, folder: Folder, asked: Asked) -> str:
+    """A message about an option that was not given, as one about the folder that the value comes from."""
+    for option, name, given in (
+        ("--dataset", "dataset_path", asked.dataset), ("--context", "context_size", asked.context_size)
+    ):  # fmt: skip
+        if given is None and message.startswith(f"{option} ") and folder.about(name) is not None:
+            return f"{folder.path}: its metadata.{name} {message.removeprefix(f'{option} ')}; another by {option}"
+    return message
+
+
 def _required(loaded: Sequence[Folder], name: str, option: str) -> Any:
     value = _agreed(loaded, name, option)
     if not value:
-        raise CheckpointError(f"{loaded[0].path}: its cfg.json has no metadata.{name}; accepted: {option}")
+        raise CheckpointError(f"{loaded[0].path}: it has no metadata.{name}; accepted: {option}")
     return value
 
 

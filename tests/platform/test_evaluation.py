@@ -435,6 +435,8 @@ def odd(sweep, pulled, folder):
     write("wide", hook_name="blocks.1.mlp.hook_post")
     write("silent", hook_name=None)
     write("other-context", context_size=32)
+    write("long", context_size=65)
+    write("elsewhere", dataset_path="./nowhere.parquet")
     write("one-head", hook_head_index=2)
     return folder
 
@@ -457,6 +459,8 @@ REFUSED = [
     (["DIR/silent"], ["DIR/silent", "no metadata.hook_name", "--hook-point NAME"]),
     (["DIR/pulled", "--hook-point", "a -> b"], ["DIR/pulled", "'a -> b'", "one name"]),
     (["DIR/pulled", "DIR/other-context"], ["differ in metadata.context_size (16, 32)", "--context"]),
+    (["DIR/long"], ["DIR/long: its metadata.context_size 65", "reads at most 64 tokens; another by --context"]),
+    (["DIR/elsewhere"], ["DIR/elsewhere: its metadata.dataset_path", "nowhere.parquet'", "another by --dataset"]),
     (["DIR/one-head"], ["DIR/one-head", "head 2 alone"]),
     (["DIR/pulled", "--model", "./no-model"], ["--model './no-model'", "no such folder"]),
     (["DIR/pulled", "--dataset", "DIR/nowhere.txt"], ["--dataset 'DIR/nowhere.txt'", "no such file"]),
