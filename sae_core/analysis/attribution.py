@@ -121,7 +121,7 @@ class Effects:
         return list(zip(self.row.tolist(), self.position.tolist(), self.latent.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """Effects on a metric, by hook point (or by the name that an SAE was given under): `attribution[name]`.
 
@@ -135,6 +135,14 @@ class Attribution:
     tokens: np.ndarray
     texts: list[list[str]] | None
     effects: dict[str, Effects]
+
+    def __repr__(self) -> str:
+        """The ten largest effects, and what all of them come to."""
+        count, total = sum(map(len, self.effects.values())), sum(one.total for one in self.effects.values())
+        frame = self.table(10)
+        shown = frame.drop(columns="row") if len(self.tokens) == 1 else frame
+        return (f"{self.method}: {count:,} effects, together {total:.4g}, on a metric of {self.value:.4g}\n"
+                f"{shown.to_string(index=False, float_format='{:.3g}'.format)}")  # fmt: skip
 
     def __getitem__(self, name: str) -> Effects:
         if name not in self.effects:

@@ -582,5 +582,8 @@ def test_tokens_as_text(demo):
     found = attribute(model, saes, PROMPTS[0], log_prob("read"))
     assert found.texts[0][0] == "<|endoftext|>" and "".join(found.texts[0][1:]) == PROMPTS[0]
     assert set(found.table(5).token) <= set(found.texts[0])
+    shown = repr(found).splitlines()
+    assert len(shown) == 12 and max(map(len, shown)) < 120 and f"on a metric of {found.value:.4g}" in shown[0]
+    assert str(found.table(1).latent[0]) in shown[2].split()
     with pytest.raises(ConfigError, match=r"'readline write' is \d tokens"):
         attribute(model, saes, PROMPTS[0], log_prob("readline write"))
