@@ -1,11 +1,11 @@
 """Feature dashboards by two model hosts of a cluster, one of which dies on the way."""
 
-import shutil
 import threading
 import time
 
 import pytest
 import ray
+from demo_saes import train_saes
 
 import penstock.features as features_module
 from penstock.evaluate import Asked
@@ -26,12 +26,11 @@ def small_slices(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_hosts_of_a_cluster_give_what_one_process_gives(head, demo_saes, tmp_path, small_slices, capsys):
+def test_hosts_of_a_cluster_give_what_one_process_gives(head, tmp_path, small_slices, capsys):
     import torch
 
     torch.set_num_threads(1)  # as the hosts have
-    home, sae = Home(tmp_path / "home"), tmp_path / "sae"
-    shutil.copytree(demo_saes[HOOK], sae)
+    home, sae = Home(tmp_path / "home"), train_saes(tmp_path, tokens=16_384)[HOOK]
     alone = features_of_folder(home, str(sae), ASKED, settings=SETTINGS, to=tmp_path / "alone")
     killed = []
 
