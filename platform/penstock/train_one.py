@@ -216,10 +216,11 @@ def spec_of(settings: Mapping[str, Any]) -> SweepSpec:
     for name, what in (("hook_points", "hook_point"), ("saes", "architecture")):
         if name not in raw:
             raise SpecError(f"{SOURCE}: {what} is missing" + _example(what))
-    if "tokens" not in raw.setdefault("train", {}):
+    if isinstance(raw.setdefault("train", {}), dict) and "tokens" not in raw["train"]:
         raise SpecError(f"{SOURCE}: tokens is missing: how many the SAE is trained on, like tokens='2M'")
     raw.setdefault("baselines", BaselineSpec(k=[]).model_dump())
-    raw["resources"] = {**local_gpus(), **raw.get("resources", {})}
+    if isinstance(raw.setdefault("resources", {}), dict):
+        raw["resources"] = {**local_gpus(), **raw["resources"]}
     return check_spec(raw, SOURCE)
 
 

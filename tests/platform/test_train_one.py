@@ -54,6 +54,8 @@ def test_several_kinds_of_saes_at_several_hook_points():
         ({"data": {"contxt_size": 64}}, r"unknown key `data.contxt_size`; did you mean `context_size`\?"),
         ({"context_size": 64, "data": {"context_size": 32}}, "context_size is given twice, alone and in data"),
         ({"hook_points": ["a"]}, "hook_point and hook_points are both given"),
+        ({"train": 5}, "`train` is 5: accepted is a mapping"),
+        ({"resources": 5}, "`resources` is 5: accepted is a mapping"),
         ({"saes": [{}]}, "architecture and saes are both given"),
         ({"tracking": {"wandb_entity": "me"}}, "wandb_entity 'me' is given, and no wandb_project"),
         ({"adam_betas": [0.9, 1.0]}, r"`train.adam_betas` is \[0.9, 1.0\]: accepted are two numbers"),
