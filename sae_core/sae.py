@@ -34,6 +34,15 @@ _OF_METADATA = {
     "hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
     **{name: name for name in ("model_name", "hook_name", "context_size", "prepend_bos", *sorted(_OPTIONAL))},
 }  # fmt: skip
+# What SAELens' objects have beside, and what there is instead.
+_SPLICED = "its hooks are the model's: sae_core.analysis.with_saes(model).run_with_cache_with_saes(tokens, saes=[sae])"
+_INSTEAD = {
+    **dict.fromkeys(("run_with_cache", "run_with_hooks", "add_hook", "reset_hooks", "hook_dict"), _SPLICED),
+    **{f"hook_sae_{part}": _SPLICED for part in ("input", "acts_pre", "acts_post", "recons", "error", "output")},
+    "activation_fn": "encode(x) applies it",
+    **dict.fromkeys(("turn_on_forward_pass_hook_z_reshaping", "turn_off_forward_pass_hook_z_reshaping"),
+                    "encode and reconstruct take [..., n_heads, d_head] and [..., d_in] as they come"),
+}  # fmt: skip
 
 
 class Metadata(dict[str, Any]):
@@ -80,9 +89,15 @@ class SAEConfig(BaseModel):
         known = {"metadata": Metadata(update["metadata"])} if update and "metadata" in update else {}
         return super().model_copy(update={**(update or {}), **known}, deep=deep)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, metadata among them, as a plain dictionary."""
+        return self.model_dump()
+
     if not TYPE_CHECKING:  # or every misspelt name would pass for one of these
 
         def __getattr__(self, name: str) -> Any:
+            if name == "device":
+                raise AttributeError("a configuration is on no device; the SAE's is sae.device")
             if name in _OF_METADATA:
                 return getattr(self.metadata, _OF_METADATA[name])
             if name in ("hook_layer", "hook_point_layer"):
@@ -137,6 +152,13 @@ class SAE(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _INSTEAD:
+                raise AttributeError(f"an SAE has no {name}: {_INSTEAD[name]}")
+            return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "d_out": self.cfg.d_out, "k": self.cfg.k}

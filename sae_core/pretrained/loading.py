@@ -175,6 +175,7 @@ def described(sae: SAE) -> dict[str, Any]:
     cfg = sae.cfg
     fields = cfg.model_dump(exclude={"metadata", "dtype"})
     flat: dict[str, Any] = {**cfg.metadata, **fields, "dtype": cfg.dtype, "device": str(sae.W_enc.device)}
+    flat["metadata"] = dict(cfg.metadata)  # where today's scripts look
     flat["activation_fn_str"] = "topk" if cfg.architecture == "topk" else "relu"
     layer = re.search(r"(?:blocks|layers)\.(\d+)", str(flat.get("hook_name")))
     if layer is not None:

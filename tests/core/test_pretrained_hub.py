@@ -229,7 +229,7 @@ def test_one_object_or_three(cache):
         "dataset_path": "Skylion007/openwebtext", "neuronpedia_id": "gpt2-small/8-res-jb",
         "normalize_activations": "none", "apply_b_dec_to_input": True, "activation_fn_str": "relu",
     }  # fmt: skip
-    assert wanted.items() <= cfg.items()
+    assert wanted.items() <= cfg.items() and cfg["metadata"]["hook_name"] == SAE_ID
     json.dumps(cfg)  # as people print and log it
     assert len(SAE.from_pretrained_with_cfg_and_sparsity(RELEASE, SAE_ID)) == 3
     with pytest.raises(IndexError):

@@ -40,6 +40,20 @@ def test_what_is_optional_is_none_and_a_typo_is_an_error():
     assert not hasattr(config(metadata={}), "hook_name")
 
 
+def test_what_saelens_has_beside_is_here_or_says_what_is():
+    sae = made(StandardSAE, config())
+    as_dictionary = sae.cfg.to_dict()
+    assert as_dictionary["d_sae"] == 6 and json.loads(json.dumps(as_dictionary))["metadata"] == ABOUT
+    for name, instead in {"run_with_cache": "run_with_cache_with_saes", "hook_sae_acts_post": "with_saes"}.items():
+        assert not hasattr(sae, name)
+        with pytest.raises(AttributeError, match=f"no {name}: .*{instead}"):
+            getattr(sae, name)
+    with pytest.raises(AttributeError, match="sae.device"):
+        _ = sae.cfg.device
+    with pytest.raises(AttributeError, match="no attribute 'W_enk'"):
+        _ = sae.W_enk
+
+
 def test_metadata_stay_what_they_are_through_copies_and_files(tmp_path):
     sae = made(StandardSAE, config())
     sae.save(tmp_path / "sae")
