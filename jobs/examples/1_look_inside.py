@@ -2,8 +2,11 @@
 
     python jobs/examples/1_look_inside.py [FOLDER] [MODEL]
 
-FOLDER is what `penstock pull` wrote, or any SAE folder; MODEL is the model it was trained on. The script is one that
-SAELens' users have, with its import line changed.
+FOLDER is any SAE folder; without it best-sae, which this writes after `make demo`:
+
+    penstock pull demo --hook-point blocks.4.hook_resid_post --to best-sae
+
+MODEL is the model it was trained on. The script is one that SAELens' users have, with its import line changed.
 """
 
 # %% A model, and an SAE of one of its hook points
