@@ -446,7 +446,11 @@ def _make_features(arguments: argparse.Namespace, home: Home, ours: Sequence[str
 
     name, to = arguments.what, None if arguments.to is None else Path(arguments.to)
     home.check_writable()
-    is_folder = _is_sae_folder(name) or any((Path(name) / file).exists() for file in _OTHER_FORMATS)
+    is_folder = (
+        _is_sae_folder(name)
+        or Path(name).is_file()
+        or any((Path(name) / file).exists() for file in _OTHER_FORMATS)
+    )  # fmt: skip
     if is_folder:
         _refuse(arguments, "an SAE folder", "a sweep", ours)
     else:

@@ -333,6 +333,13 @@ def test_a_disk_without_room_is_said_and_left_as_it_was(home, demo_saes, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_an_sae_is_no_sweeps_name(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("layer_4.pt").write_bytes(b"no SAE")
+    assert run("layer_4.pt", "--home", home.path) == 2
+    assert "layer_4.pt" in (said := capsys.readouterr().err) and "sweep" not in said
+
+
 def test_no_tokens_are_refused(demo_saes, capsys):
     with pytest.raises(SystemExit) as ended:
         run(demo_saes[HOOK], "--tokens", "0")
