@@ -206,8 +206,8 @@ class TrainSpec(_Section):
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the encoder's product")
     dead_after_tokens: Count | None = Field(None, description="a quarter of the run unless given, and at most that")
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    checkpoints: int = Field(5, ge=0, description="whole checkpoints on the way, beside the last")
-    keep: int = Field(0, ge=0, description="folded SAEs kept on the way, beside the last; `penstock pull --at TOKENS`")
+    checkpoints: int = Field(5, ge=0, le=1000, description="whole checkpoints on the way, beside the last")
+    keep: int = Field(0, ge=0, le=1000, description="folded SAEs kept on the way, beside the last; see `pull --at`")
     micro_batch_tokens: Count | None = Field(None, description="tokens of a forward and backward pass; halved when "
                                                                "memory runs out; the same results")  # fmt: skip
 

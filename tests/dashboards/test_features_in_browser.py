@@ -1,5 +1,6 @@
 """The feature browser in a real browser: the Chromium of the machine, driven by Playwright, which downloads none."""
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,8 +243,11 @@ def test_copying_puts_the_code_and_the_link_on_the_clipboard(chromium, written):
         page.locator(".copy-button").click()
         page.get_by_text("Copied").first.wait_for()
         code = page.evaluate("navigator.clipboard.readText()")
-        compile(code, "copied", "exec")
-        assert "Add(7, " in code and 'SAE.load("best-sae")' in code
+        steer = ast.parse(code).body[-1].value.args[0].func.value
+        assert steer.func.id == "steer" and "Add(7, " in code and 'SAE.load("best-sae")' in code
+        prompt = steer.args[2].value  # a place where it is about to fire: the beginning of its strongest example
+        before = page.locator(".example .before").first.inner_text()
+        assert 10 < len(prompt) <= 60 and before.split()[-2] in prompt
         page.get_by_role("button", name="Copy link").click()
         page.get_by_role("button", name="Copied").wait_for()
         assert page.evaluate("navigator.clipboard.readText()").endswith("#latent=7")

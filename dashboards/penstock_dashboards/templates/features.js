@@ -451,7 +451,7 @@ function latentCard(row, chunk) {
       logitTable("Suppressed tokens", "bottom", row, within, chunk),
       element("section", {}, fired ? histogram(row, within, chunk) : element("p", { className: "soft" }, "It never fired on these tokens."),
         neighbours(within, chunk))),
-    ...(fired ? examples(row, within, chunk) : []), steering(row))];
+    ...(fired ? examples(row, within, chunk) : []), steering(row, within, chunk))];
 }
 
 function commonPeak(row) {
@@ -521,13 +521,24 @@ function neighbours(within, chunk) {
     element("ul", { className: "neighbours", "aria-labelledby": "neighbours-title" }, links)];
 }
 
-function steering(row) {
+// What stands ahead of the peak in its strongest example: a text in which the model was about to use it.
+function promptOf(within, chunk) {
+  let strongest = chunk.exampleStarts[within];
+  const end = chunk.exampleStarts[within + 1];
+  while (strongest < end && chunk.group[strongest] !== 0) strongest++;
+  if (strongest === end) return "a prompt";
+  const begin = chunk.tokenStarts[strongest];
+  const before = Array.from({ length: chunk.peak[strongest] }, (_, i) => TEXTS[chunk.tokens[begin + i]]).join("");
+  return [...before.replace(/<[|].*?[|]>|\uFFFD/g, "")].slice(-60).join("") || "a prompt";
+}
+
+function steering(row, within, chunk) {
   const strength = +LATENTS.max_activation[row].toPrecision(3) || 1, { folder, sweep, id } = DATA.sae;
   const path = folder || (id ? `sae-${String(id).replace(/[^\w.-]+/g, "-").replace(/-$/, "")}` : "sae");
   const pulled = !folder && sweep && id ? `# penstock pull ${sweep} --sae ${id} --to ${path}\n` : "";
   const code = `${pulled}import penstock\nfrom sae_core import SAE\nfrom sae_core.analysis import Add, steer\n\n`
     + `sae = SAE.load(${JSON.stringify(path)})\nmodel = penstock.load_model(sae=sae)\n`
-    + `print(steer(model, sae, "a prompt", [Add(${LATENTS.latent[row]}, ${strength})], max_new_tokens=40).side_by_side())`;
+    + `print(steer(model, sae, ${JSON.stringify(promptOf(within, chunk))}, [Add(${LATENTS.latent[row]}, ${strength})], max_new_tokens=40).side_by_side())`;
   return element("section", { "aria-labelledby": "steer-title" }, element("h3", { id: "steer-title" }, "Steer with it"),
     copyable(code, "the code that steers with this latent"));
 }
