@@ -1,6 +1,7 @@
 """The feature browser in a real browser: the Chromium of the machine, driven by Playwright, which downloads none."""
 
 import ast
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,7 +248,7 @@ def test_copying_puts_the_code_and_the_link_on_the_clipboard(chromium, written):
         assert steer.func.id == "steer" and "Add(7, " in code and 'SAE.load("best-sae")' in code
         prompt = steer.args[2].value  # a place where it is about to fire: the beginning of its strongest example
         before = page.locator(".example .before").first.inner_text()
-        assert 10 < len(prompt) <= 60 and before.split()[-2] in prompt
+        assert 10 < len(prompt) <= 60 and re.findall(r"[a-z]+\d*", before)[-2:] == re.findall(r"[a-z]+\d*", prompt)[-2:]
         page.get_by_role("button", name="Copy link").click()
         page.get_by_role("button", name="Copied").wait_for()
         assert page.evaluate("navigator.clipboard.readText()").endswith("#latent=7")
