@@ -528,7 +528,7 @@ class Driver(Session):
             "next\n"
             f"  {command} ui{home}\n"
             f"  {command} pull {self.spec.name} --hook-point {shlex.quote(best['hook_point'])} --to best-sae{home}\n"
-            f"  {_command('python')} -c 'import sae_core; print(sae_core.SAE.load(\"best-sae\"))'",
+            f"  {command} features best-sae --serve{home}",
             flush=True,
         )
 

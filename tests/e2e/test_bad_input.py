@@ -469,7 +469,7 @@ def test_a_checkpoint_with_a_missing_or_truncated_file_is_refused(name, content,
 
 def test_a_checkpoint_folder_that_is_not_there_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    for place, why in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "file", "no folder, but a file")):
+    for place, why in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "file", "a file in no known format")):
         with pytest.raises(CheckpointError, match=f"{place}: {why}"):
             SAE.load(place)
 

@@ -210,7 +210,9 @@ def test_the_ui_serves_the_sweep_and_ends_with_ctrl_c(finished_home):
         with urllib.request.urlopen(path, timeout=30) as answer:
             assert json.load(answer)["architecture"] == "topk"
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        # A shell shows 130 for both. Python itself ends by the signal where it came in the middle of an exec, as in the
+        # making of a dataclass, though the exception was caught.
+        assert process.wait(timeout=30) in (130, -signal.SIGINT)
     finally:
         process.kill()
         process.communicate()

@@ -255,7 +255,7 @@ def test_an_address_of_nothing_is_one_message(home, uri, message):
 
 
 def test_an_address_goes_with_no_choice_of_sae(home, tmp_path):
-    with pytest.raises(SweepError, match="is one SAE: hook_point, sae, architecture and l0 go with a sweep's name"):
+    with pytest.raises(SweepError, match="is one SAE: hook_point, sae, architecture, l0 and at go with a sweep's name"):
         penstock.pull(f"models:/{EARLY_MODEL}@best", hook_point=EARLY, to=tmp_path / "sae", home=home)
 
 

@@ -110,7 +110,8 @@ def of_folder(names: Iterable[str], where: str) -> tuple[Format, str | None] | N
         )
     if known:
         return known[0], None
-    weights = sorted(name for name in there if name.endswith(WEIGHT_FILES))
+    beside = {checkpoint.SPARSITY, checkpoint.WHITENING}
+    weights = sorted(name for name in there - beside if name.endswith(WEIGHT_FILES))
     alone = of_file(weights[0]) if len(weights) == 1 else None
     if alone is not None and not _FOLDER_WEIGHTS & there:
         return alone, weights[0]
