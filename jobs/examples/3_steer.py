@@ -25,7 +25,7 @@ tokens = model.to_tokens("class Shape:\n    def __init__(self, name):\n        s
 _, cache = model.run_with_cache(tokens, names_filter=[hook_point])
 strengths = sae.encode(cache[hook_point])[0, -1]
 feature = int(sys.argv[3]) if len(sys.argv) > 3 else int(strengths.argmax())
-strength = float(sys.argv[4]) if len(sys.argv) > 4 else 4 * float(strengths.max())
+strength = float(sys.argv[4]) if len(sys.argv) > 4 else float(strengths.max())
 
 # %% The hook: a step along the feature's direction at every position
 calls = 0
