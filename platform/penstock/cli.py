@@ -35,8 +35,8 @@ _ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
 _UI_STOP_SECONDS = 5
 _UI_VIEWS = 5
-# By which a folder of an SAE is known that has no cfg.json.
-_OTHER_FORMATS = ("params.npz", "ae.pt", "sae.safetensors", "config.json")
+# By which a folder of an SAE is known from a sweep's name, in any format.
+_SAE_FILES = ("cfg.json", "config.json", "params.npz", "hyperparams.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -446,12 +446,7 @@ def _make_features(arguments: argparse.Namespace, home: Home, ours: Sequence[str
 
     name, to = arguments.what, None if arguments.to is None else Path(arguments.to)
     home.check_writable()
-    is_folder = (
-        _is_sae_folder(name)
-        or Path(name).is_file()
-        or any((Path(name) / file).exists() for file in _OTHER_FORMATS)
-    )  # fmt: skip
-    if is_folder:
+    if is_folder := _is_sae_folder(name):
         _refuse(arguments, "an SAE folder", "a sweep", ours)
     else:
         home.check_tracking()
@@ -503,7 +498,8 @@ def _show_features(arguments: argparse.Namespace, folders: Sequence[Path]) -> in
 
 def _is_sae_folder(name: str) -> bool:
     """Whether a path is meant, and not a sweep's name."""
-    return "/" in name or name in (".", "..") or (Path(name) / "cfg.json").exists()
+    path = Path(name)
+    return "/" in name or name in (".", "..") or path.is_file() or any((path / file).exists() for file in _SAE_FILES)
 
 
 def _refuse(arguments: argparse.Namespace, here: str, there: str, options: Sequence[str]) -> None:
