@@ -5,14 +5,11 @@ import warnings
 import pytest
 import torch
 
+from hooked_models import random_hooked_transformer
 from sae_core import ARCHITECTURES, SAE, ConfigError, SAEConfig
 from sae_core.analysis import with_saes
 from sae_core.analysis.splicing import HOOKS
 from sae_core.functional import explained_variance
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*native-autograd path")
 D, HEADS, VOCAB = 32, 4, 50
@@ -23,15 +20,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(scope="module")
 def hooked():
-    cfg = HookedTransformerConfig(
-        n_layers=3, d_model=D, n_ctx=32, d_head=D // HEADS, n_heads=HEADS, d_mlp=64, d_vocab=VOCAB, act_fn="gelu_new",
-        normalization_type="LN", seed=0,
-    )  # fmt: skip
-    model = HookedTransformer(cfg)
-    generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return with_saes(model)
+    return with_saes(random_hooked_transformer())
 
 
 @pytest.fixture(scope="module")

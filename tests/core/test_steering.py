@@ -1,17 +1,13 @@
 import copy
-import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from hooked_models import random_hooked_transformer
 from sae_core import ARCHITECTURES, SAE, ConfigError, SAEConfig
 from sae_core.analysis import Ablate, Add, Clamp, Scale, steer, sweep_strengths, with_saes
 from sae_core.analysis.steering import edited_positions
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 D, HEADS, VOCAB, D_SAE = 32, 4, 50, 40
 STREAM = "blocks.1.hook_resid_post"
@@ -37,15 +33,7 @@ def bridge(tiny_model):
 
 @pytest.fixture(scope="module")
 def hooked():
-    cfg = HookedTransformerConfig(
-        n_layers=3, d_model=D, n_ctx=32, d_head=D // HEADS, n_heads=HEADS, d_mlp=64, d_vocab=VOCAB, act_fn="gelu_new",
-        normalization_type="LN", seed=0,
-    )  # fmt: skip
-    model = HookedTransformer(cfg)
-    generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return with_saes(model)
+    return with_saes(random_hooked_transformer())
 
 
 @pytest.fixture(params=["bridge", "hooked"])

@@ -9,25 +9,18 @@ from typing import Any
 
 import pytest
 
+from browsing import watched_page
 from penstock.feature_server import serve
 from penstock_dashboards.features import write_page
 from sample_features import BEFORE, DEAD, HOSTILE, WORDS, take_screenshots, write_features
-from sample_sweep import CHROMIUM, CHROMIUM_SWITCHES
+from sample_sweep import CHROMIUM
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser with")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the page in")
 
 LATENTS = 200
 ALIVE = [latent for latent in range(LATENTS) if latent % DEAD != DEAD - 1]
 RETURN = WORDS.index(" return")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_SWITCHES))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +36,11 @@ def written(folder, tmp_path_factory) -> str:
 
 @contextmanager
 def opened(chromium: Any, address: str, *, hash: str = "", **options: Any) -> Iterator[Any]:
-    """A page that has read its data; by the end nothing may have gone wrong in it, and nothing may have been asked for
-    but the page, and its server where it has one."""
-    context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options)
-    complaints: list[str] = []
+    """A page that has read its data; nothing but the page is asked for, and its server where it has one."""
     allowed = ("data:", address) if address.startswith("http") else ("file:", "data:", "blob:")
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda asked: None if asked.url.startswith(allowed) else complaints.append(asked.url))
-    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-    page.add_init_script("window.hacked = () => console.error('hacked')")
-    try:
-        page.goto(address + hash)
+    with watched_page(chromium, address + hash, allowed, **options) as page:
         page.locator("body[data-ready]").wait_for()
         yield page
-        assert complaints == []
-    finally:
-        context.close()
 
 
 @pytest.fixture

@@ -3,19 +3,20 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from browsing import watched_page
 from penstock.pareto import mark_front
 from penstock_dashboards.details import CURVES, details
 from penstock_dashboards.report import Source, write_report
-from sample_sweep import BAND, CHROMIUM, CHROMIUM_SWITCHES, HOOK_POINTS, sample_sweep, source, take_screenshots
+from sample_sweep import BAND, CHROMIUM, HOOK_POINTS, sample_sweep, source, take_screenshots
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser with")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the report in")
 
 NO_BASELINES = pd.DataFrame(columns=["kind", "hook_point", "k", "l0", "ce_recovered"])
@@ -26,37 +27,13 @@ LONG = "layer_" + "x" * 500
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_SWITCHES))
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     return write_report(SAMPLE.table, SAMPLE.baselines, path, source(SAMPLE))
 
 
-@contextmanager
-def opened(chromium: Any, path: Path, *, hash: str = "", **options: Any) -> Iterator[Any]:
-    """A page; by the end nothing may have gone wrong in it, and nothing but the file may have been asked for."""
-    context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options)
-    complaints: list[str] = []
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else complaints.append(asked.url))
-    page.add_init_script("window.hacked = () => console.error('hacked')")
-    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-    try:
-        page.goto(path.as_uri() + hash)
-        yield page
-        assert complaints == []
-    finally:
-        context.close()
+def opened(chromium: Any, path: Path, *, hash: str = "", **options: Any) -> AbstractContextManager[Any]:
+    return watched_page(chromium, path.as_uri() + hash, ("file:", "data:"), **options)
 
 
 @pytest.fixture
