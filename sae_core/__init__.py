@@ -3,8 +3,7 @@
 The names below are looked up on first use, so that importing the package, or only its errors, stays instant.
 """
 
-import importlib
-from typing import Any
+from sae_core.lazy import names_on_first_use
 
 _MODULES = {
     "architectures": [
@@ -20,14 +19,5 @@ _MODULES = {
     "settings": ["SAESettings", "TrainingSettings", "read_settings"],
     "training": ["SAETrainer"],
 }  # fmt: skip
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__all__, __getattr__ = names_on_first_use(__name__, _MODULES)

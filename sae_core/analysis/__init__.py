@@ -3,8 +3,7 @@
 The names below are looked up on first use; TransformerLens is imported by what needs it, not by this package.
 """
 
-import importlib
-from typing import Any
+from sae_core.lazy import names_on_first_use
 
 _MODULES: dict[str, list[str]] = {
     "attribution": ["ERROR", "Attribution", "Effects", "ablate", "attribute", "recall"],
@@ -30,14 +29,5 @@ _MODULES: dict[str, list[str]] = {
     "splicing": ["SplicedModel", "with_saes"],
     "steering": ["Ablate", "Add", "Clamp", "Scale", "Steered", "steer", "sweep_strengths"],
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__all__, __getattr__ = names_on_first_use(__name__, _MODULES)

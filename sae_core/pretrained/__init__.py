@@ -7,22 +7,12 @@ table.py has the releases, hub.py gets the files, formats/ has one reader a form
 names below are looked up on first use.
 """
 
-import importlib
-from typing import Any
+from sae_core.lazy import names_on_first_use
 
 _MODULES = {
     "absurd": ["AbsurdReconstruction", "warn_if_absurd"],
     "loading": ["CrossLayerDecoder"],
     "table": ["releases"],
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__all__, __getattr__ = names_on_first_use(__name__, _MODULES)
