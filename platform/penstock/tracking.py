@@ -261,10 +261,11 @@ class Tracker:
         now = _now_ms()
         batch: list[Any] = []
         mark, not_finite = self._marks[sae_id], None
-        new = sorted((row for row in rows if row["tokens"] > mark), key=lambda row: row["tokens"])
-        for row in new:
+        new: list[Mapping[str, Any]] = []
+        for row in sorted(rows, key=lambda row: row["tokens"]):
             if row["tokens"] <= mark:
                 continue
+            new.append(row)
             if len(batch) + len(row["metrics"]) > _BATCH_METRICS:
                 self._write_rows(sae_id, batch, mark, not_finite)
                 batch = []
