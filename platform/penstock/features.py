@@ -47,6 +47,7 @@ from sae_core.analysis.features import (
     latent_groups,
     latents_table,
 )
+from sae_core.errors import reason_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -359,9 +360,8 @@ def _writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-        raise SweepError(f"features cannot be written to {str(folder)!r}: {reason}; accepted: --to with a folder that "
-                         "can be, and has room") from None  # fmt: skip
+        raise SweepError(f"features cannot be written to {str(folder)!r}: {reason_of(error)}; accepted: --to with a "
+                         "folder that can be, and has room") from None  # fmt: skip
 
 
 class _Run:

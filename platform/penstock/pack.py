@@ -6,7 +6,6 @@ function of its step, so an SAE simply waits until the pack reaches its own.
 """
 
 import json
-import os
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from penstock.memory import is_out_of_memory
 from penstock.probe import measure
 from penstock.storage import Storage
 from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
+from sae_core.errors import reason_of
 
 KEEP_CHECKPOINTS = 2
 KEPT = "kept"  # below an SAE's folder: what it was on the way, by the tokens that it had been trained on
@@ -193,8 +193,8 @@ class Pack:
                 except OSError as error:
                     self._log(
                         f"SAE {slot.member.sae_id}: its checkpoint at step {slot.trainer.steps_done} could not be "
-                        f"written to {self._storage.uri} ({_reason(error)}); training goes on, and the last whole one "
-                        "stays"
+                        f"written to {self._storage.uri} ({reason_of(error)}); training goes on, and the last whole "
+                        "one stays"
                     )
 
     def keep(self, step: int, latest: Mapping[str, Tensor]) -> None:
@@ -215,7 +215,7 @@ class Pack:
             except OSError as error:
                 self._log(
                     f"SAE {slot.member.sae_id}: what it was at {tokens:,} tokens could not be kept in "
-                    f"{self._storage.uri} ({_reason(error)}); training goes on"
+                    f"{self._storage.uri} ({reason_of(error)}); training goes on"
                 )
 
     def finish(self, tails: Mapping[str, Tensor] = {}) -> None:
@@ -328,10 +328,6 @@ class Pack:
         self._storage.commit_folder(f"{slot.folder}/final", files, self._guard)
         self._storage.delete(f"{slot.folder}/checkpoints")
         self._emit({"kind": "finished", "sae_id": slot.member.sae_id})
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
 
 
 def _dead_over_tokens(trainer: SAETrainer) -> int:

@@ -13,7 +13,6 @@ every other damage: it is verified at every read.
 """
 
 import contextlib
-import os
 import re
 import shutil
 import threading
@@ -29,6 +28,7 @@ import xxhash
 
 from penstock.errors import SweepError
 from penstock.storage import Storage
+from sae_core.errors import reason_of
 
 FORMAT = 1
 ABOUT = "about.json"
@@ -85,7 +85,7 @@ class Spool:
         try:
             found = _scan(self.storage)
         except OSError as error:
-            raise SpoolError(f"spool {self.place!r} cannot be listed: {_reason(error)}") from None
+            raise SpoolError(f"spool {self.place!r} cannot be listed: {reason_of(error)}") from None
         return [replace(info, about=self._about(info.id)) for info in reversed(found)]
 
     def removable(
@@ -107,7 +107,7 @@ class Spool:
                     self.storage.delete(info.id)
             except OSError as error:
                 path = self.storage.path(info.id)
-                raise SpoolError(f"stream {info.id} ({path}) cannot be removed: {_reason(error)}") from None
+                raise SpoolError(f"stream {info.id} ({path}) cannot be removed: {reason_of(error)}") from None
         _usage(self.storage).forget()
         return doomed
 
@@ -145,7 +145,7 @@ class SpooledStream:
                 if file.name.endswith(".tmp") and file.written < time.time() - _IDLE_SECONDS:
                     self._storage.remove(file.name)
         except OSError as error:
-            self.full = _reason(error)
+            self.full = reason_of(error)
         self.touch()
 
     def touch(self) -> None:
@@ -168,7 +168,7 @@ class SpooledStream:
         try:
             names = self._storage.names(f"{self.id}/{array}")
         except OSError as error:
-            raise SpoolError(f"{self._path(array)} cannot be listed: {_reason(error)}") from None
+            raise SpoolError(f"{self._path(array)} cannot be listed: {reason_of(error)}") from None
         matches = (_BLOCK.fullmatch(f"{array}/{name}") for name in names)
         return sorted(int(match[2]) for match in matches if match and not match[3])
 
@@ -206,7 +206,7 @@ class SpooledStream:
         except OSError as error:
             if reserved:
                 usage.forget()
-            self.full = f"{self._path(_block_name(array, block))} cannot be written: {_reason(error)}"
+            self.full = f"{self._path(_block_name(array, block))} cannot be written: {reason_of(error)}"
             return False
         return True
 
@@ -229,7 +229,7 @@ class SpooledStream:
         except _Unfit as error:
             raise SpoolError(f"{path} {error}") from None
         except _DAMAGE as error:
-            raise SpoolError(f"{path} is empty, cut off or damaged: {_reason(error)}") from None
+            raise SpoolError(f"{path} is empty, cut off or damaged: {reason_of(error)}") from None
         self._touch_now_and_then()
         return values
 
@@ -246,7 +246,7 @@ class SpooledStream:
         except _Unfit as error:
             raise SpoolError(f"{self._path(name)} {error}") from None
         except _DAMAGE as error:
-            raise SpoolError(f"{self._path(name)} is missing, cut off or damaged: {_reason(error)}") from None
+            raise SpoolError(f"{self._path(name)} is missing, cut off or damaged: {reason_of(error)}") from None
         return tokens, d
 
     def remove(self, array: str, block: int) -> None:
@@ -256,7 +256,7 @@ class SpooledStream:
             with contextlib.suppress(FileNotFoundError):
                 self._storage.remove(f"{self.id}/{name}")
         except OSError as error:
-            raise SpoolError(f"{self._path(name)} cannot be removed: {_reason(error)}") from None
+            raise SpoolError(f"{self._path(name)} cannot be removed: {reason_of(error)}") from None
         _usage(self._storage).forget()
 
     def _path(self, name: str) -> str:
@@ -270,11 +270,6 @@ class SpooledStream:
 def _block_name(array: str, block: int) -> str:
     assert array and "/" not in array, array
     return f"{array}/{block:07d}.arrow"
-
-
-def _reason(error: BaseException) -> str:
-    number = getattr(error, "errno", None)
-    return os.strerror(number) if number else " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # ---- one block ------------------------------------------------------------------------------------------------------

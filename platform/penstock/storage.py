@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from penstock.errors import CheckpointError, SweepError
+from sae_core.errors import reason_of
 
 MANIFEST = "manifest.json"
 STAGING = "staging"
@@ -153,9 +154,9 @@ class Storage:
             self.write(name, b"")
             self.remove(name)
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
             raise SweepError(
-                f"{field} {self.uri!r} cannot be written to: {reason}; accepted: a place that this user may write to"
+                f"{field} {self.uri!r} cannot be written to: {reason_of(error)}; accepted: a place that this user may "
+                "write to"
             ) from None
         finally:
             for folder in made:
