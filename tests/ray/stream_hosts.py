@@ -23,9 +23,13 @@ class NumberHost:
 
     def __init__(self, deadly=(), seconds=0.0):
         self.deadly, self.seconds = set(deadly), seconds
+        self._made = []
 
     def ping(self):
         return True
+
+    def made(self):
+        return self._made
 
     def harvest(self, source, block, arrays):
         time.sleep(self.seconds)
@@ -36,6 +40,7 @@ class NumberHost:
             for name, array in made.items():
                 source.spool.write(name, block, array, "float32")
         spooled = tuple(arrays) if source.spool is not None else ()
+        self._made.append(block)
         return *made.values(), BlockInfo(TOKENS, 1, self.seconds, spooled=spooled)
 
 
