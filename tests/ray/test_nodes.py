@@ -49,11 +49,10 @@ def test_paths_of_one_machine_are_refused_where_there_are_several_nodes(nodes, w
 def test_a_node_that_holds_blocks_is_taken_away_and_they_are_made_again(nodes):
     cluster, two = nodes
     hosts = {f"host-{uuid.uuid4().hex[:8]}": node for node in two}
+    there = {name: NodeAffinitySchedulingStrategy(node.node_id, soft=True) for name, node in hosts.items()}
     handles = [
-        NumberHost.options(
-            name=name, resources={"host": 0.5}, scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=True)
-        ).remote(seconds=0.1)
-        for name, node in hosts.items()
+        NumberHost.options(name=name, resources={"host": 0.5}, scheduling_strategy=there[name]).remote(seconds=0.1)
+        for name in hosts
     ]  # one a node, and the one that loses its node goes to the other
     ray.get([handle.ping.remote() for handle in handles])
     config = StreamConfig(
