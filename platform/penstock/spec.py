@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from penstock.errors import ConfigError, SpecError
+from penstock.redaction import secrets_in
 from penstock.sites import Site
 
 _COUNT_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
@@ -516,6 +517,12 @@ def parse_spec(text: str, source: str = "spec") -> SweepSpec:
 
 def check_spec(raw: Mapping[str, Any], source: str, lines: Lines = MappingProxyType({})) -> SweepSpec:
     """Check a spec given as a mapping; `lines` says where each key stands in `source`, if that is a file."""
+    for location, what in secrets_in(raw):
+        raise SpecError(
+            f"{_place(source, lines, location)}: `{'.'.join(map(str, location))}` holds {what}, and a spec is kept and "
+            "shown in many places (storage, MLflow, reports); accepted: none, but in the environment of the processes "
+            "that need it (AWS_..., HF_TOKEN, PGPASSWORD, ...), on a cluster of its `ray start`"
+        )
     try:
         spec = SweepSpec.model_validate(raw)
         _check_entries(spec)
