@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import SweepError
-from penstock.plan import Cluster
+from penstock.placement import Cluster, Node
 
 # Read by Ray Train's controller and by libraries of the workers as they start.
 ENVIRONMENT = {
@@ -83,12 +83,12 @@ def _start_local() -> None:
 
 
 def describe_cluster() -> tuple[Cluster, int]:
-    """The alive nodes' resources, and the bytes of the smallest object store."""
+    """The alive nodes' resources and labels, and the bytes of the smallest object store."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    stores = [node.get("object_store_memory", 0.0) for node in nodes]
-    return Cluster(tuple(nodes)), int(min((size for size in stores if size), default=2**30))
+    nodes = tuple(Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
+    stores = [node.resources.get("object_store_memory", 0.0) for node in nodes]
+    return Cluster(nodes), int(min((size for size in stores if size), default=2**30))
 
 
 def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -167,7 +167,8 @@ class Hosts(Session):
     they are on this machine, as many as it has room for."""
 
     def __init__(self, spec: SweepSpec, store: TokenStore, home: Home, address: str | None) -> None:
-        resources = spec.resources.model_copy(update={"cpus_per_pack": 0, "gpus_per_pack": 0})
+        no_packs = {"cpus_per_pack": 0, "gpus_per_pack": 0, "pack_labels": {}, "pack_resources": {}}
+        resources = spec.resources.model_copy(update=no_packs)
         resources = _fitting(resources) if address is None and "RAY_ADDRESS" not in os.environ else resources
         super().__init__(spec.model_copy(update={"resources": resources}), home)
         self._built = store
@@ -180,8 +181,10 @@ class Hosts(Session):
 
 
 def _fitting(resources: ResourceSpec) -> ResourceSpec:
-    """As many of the sweep's hosts as this machine has room for; at least one, on what there is."""
+    """As many of the sweep's hosts as this machine has room for; at least one, on what there is. Labels and custom
+    resources are those of the cluster that the sweep ran on."""
     machine = this_machine()
+    resources = resources.model_copy(update={"host_labels": {}, "host_resources": {}})
     for n_hosts in range(resources.model_hosts, 0, -1):
         fewer = resources.model_copy(update={"model_hosts": n_hosts})
         try:
@@ -190,7 +193,9 @@ def _fitting(resources: ResourceSpec) -> ResourceSpec:
             continue
         return fewer
     [node] = machine.nodes
-    cpus, gpus = min(resources.cpus_per_host, node["CPU"]), min(resources.gpus_per_host, node["GPU"])
+    cpus, gpus = (
+        min(getattr(resources, f"{name.lower()}s_per_host"), node.resources[name]) for name in ("CPU", "GPU")
+    )
     return resources.model_copy(update={"model_hosts": 1, "cpus_per_host": cpus, "gpus_per_host": gpus})
 
 

@@ -22,9 +22,11 @@ from penstock.models import (
     describe_model,
 )
 from penstock.pack import PackMember
+from penstock.placement import Cluster as Cluster
+from penstock.placement import Node as Node
 from penstock.search import Peer, rung_steps
 from penstock.sites import Site, parse_array
-from penstock.spec import DataSpec, ResourceSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place
+from penstock.spec import DataSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place
 from penstock.spool import SpooledStream
 from penstock.tokens import check_data
 from sae_core import SAESettings, TrainingSettings, parse_settings
@@ -134,50 +136,6 @@ class PlannedPack:
     def hook_points(self) -> tuple[str, ...]:
         """The arrays of the stream that the pack is fed."""
         return tuple(dict.fromkeys((self.reads, self.writes)))
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a Ray cluster has, a mapping of resources a node."""
-
-    nodes: tuple[Mapping[str, float], ...]
-
-    def pack_slots(self, resources: ResourceSpec) -> int:
-        """How many packs run at once beside the model hosts. Raises `SweepError` when not even one does."""
-        free = [dict(node) for node in self.nodes]
-        host = {"CPU": resources.cpus_per_host, "GPU": resources.gpus_per_host}
-        pack = {"CPU": resources.cpus_per_pack, "GPU": resources.gpus_per_pack}
-        for index in range(resources.model_hosts):
-            if not _take(free, host):
-                raise SweepError(
-                    f"resources.model_hosts {resources.model_hosts}: the cluster has room for {index} of "
-                    f"{_amount(host)} each; it has {self}"
-                )
-        slots = 0
-        while slots < 10_000 and _take(free, pack):
-            slots += 1
-        if not slots:
-            raise SweepError(
-                f"resources.cpus_per_pack / gpus_per_pack: no node has {_amount(pack)} left for a pack beside the "
-                f"model hosts; the cluster has {self}"
-            )
-        return slots
-
-    def __str__(self) -> str:
-        return "; ".join(f"{_amount(node)}" for node in self.nodes) or "no nodes"
-
-
-def _take(free: list[dict[str, float]], need: Mapping[str, float]) -> bool:
-    for node in free:
-        if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in need.items()):
-            for name, amount in need.items():
-                node[name] = node.get(name, 0.0) - amount
-            return True
-    return False
-
-
-def _amount(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
 def read_sweep(spec_path: str | Path) -> tuple[SweepSpec, ModelDescription]:

@@ -10,7 +10,8 @@ from penstock.errors import SweepError
 from penstock.fleet import Fleet
 from penstock.home import Home
 from penstock.models import describe_model
-from penstock.plan import Cluster, PlannedPack, memory_of_block, read_sweep
+from penstock.placement import Cluster, Node
+from penstock.plan import PlannedPack, memory_of_block, read_sweep
 from penstock.resolved import ResolvedSweep
 from penstock.spec import SweepSpec
 from penstock.storage import Storage
@@ -23,7 +24,7 @@ WINDOW_LIMITS = (2, 8)  # blocks
 def this_machine() -> Cluster:
     import torch
 
-    return Cluster(({"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()},))
+    return Cluster((Node({"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}),))
 
 
 class Session:

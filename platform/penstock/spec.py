@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from penstock.errors import ConfigError, SpecError
+from penstock.labels import check_devices, check_label_key, check_resource, check_selector
 from penstock.redaction import secrets_in
 from penstock.sites import Site
 
@@ -50,6 +51,7 @@ def parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Cores = Annotated[float, Field(ge=0)]
+GPUs = Annotated[float, Field(ge=0), AfterValidator(check_devices)]
 # Smaller blocks cost an SAE about 1% of its loss at 64k and 1 to 4% at 16k; larger ones than 256k gain nothing that
 # `jobs/benchmarks/mixing.py` can measure. A short run has smaller ones, or it would wait for its first.
 LEAST_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 65_536, 262_144
@@ -323,15 +325,52 @@ class BaselineSpec(_Section):
         return _all_different(value)
 
 
+def _texts(values: Any) -> Any:
+    """Labels as they are read; `in(a, b)` without quotes is two entries in YAML, and 3 is no text."""
+    accepted = "accepted are labels and what they are to be: {penstock/role: pack}, and in quotes '!pack', 'in(a,b)'"
+    if not isinstance(values, dict):
+        raise ValueError(accepted)
+    if wrong := [name for name, value in values.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]}: {values[wrong[0]]!r} is no text; {accepted}")
+    return values
+
+
+def _labels(values: dict[str, str]) -> dict[str, str]:
+    return {check_label_key(key): check_selector(value) for key, value in values.items()}
+
+
+def _amounts(values: dict[str, float]) -> dict[str, float]:
+    for name, amount in values.items():
+        check_resource(name, amount)
+    return values
+
+
+def _numbers(values: Any) -> Any:
+    accepted = "accepted are custom resources and how much of each: {slot: 1}"
+    if not isinstance(values, dict):
+        raise ValueError(accepted)
+    if wrong := [name for name, value in values.items() if type(value) not in (int, float)]:
+        raise ValueError(f"{wrong[0]}: {values[wrong[0]]!r} is no number; {accepted}")
+    return values
+
+
+Labels = Annotated[dict[str, str], BeforeValidator(_texts), AfterValidator(_labels)]
+Amounts = Annotated[dict[str, float], BeforeValidator(_numbers), AfterValidator(_amounts)]
+
+
 class ResourceSpec(_Section):
     """Where it runs. Nothing here changes a result, except that thread counts may move the last bits."""
 
     model_hosts: int = Field(1, gt=0)
     cpus_per_host: Cores = 1
-    gpus_per_host: Cores = 0
+    gpus_per_host: GPUs = 0
     host_threads: int = Field(1, gt=0)
+    host_labels: Labels = Field({}, description="labels of the nodes that hosts run on: a value, !value, in(a,b)")
+    host_resources: Amounts = Field({}, description="custom resources of Ray that each host takes, by name")
     cpus_per_pack: Cores = 1
-    gpus_per_pack: Cores = 0
+    gpus_per_pack: GPUs = 0
+    pack_labels: Labels = Field({}, description="labels of the nodes that packs run on: a value, !value, in(a,b)")
+    pack_resources: Amounts = Field({}, description="custom resources of Ray that each pack takes, by name")
     pack_threads: int = Field(1, gt=0)
     saes_at_once: int = Field(1, gt=0, description="SAEs of a pack that step at the same time, each with pack_threads")
     packs_per_hook_point: int = Field(1, gt=0, description="at least so many; more where memory needs it")

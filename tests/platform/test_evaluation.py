@@ -337,10 +337,10 @@ def test_a_sweep_of_a_large_cluster_is_evaluated_with_what_this_machine_has():
     wanted = ResourceSpec(model_hosts=64, cpus_per_host=1, gpus_per_host=99, cpus_per_pack=0)
     machine = this_machine()
     fitting = evaluate_module._fitting(wanted)
-    assert fitting.model_hosts == 1 and fitting.gpus_per_host == machine.nodes[0]["GPU"]
+    assert fitting.model_hosts == 1 and fitting.gpus_per_host == machine.nodes[0].resources["GPU"]
     assert machine.pack_slots(fitting) > 0
     modest = wanted.model_copy(update={"gpus_per_host": 0})
-    assert 1 <= evaluate_module._fitting(modest).model_hosts <= machine.nodes[0]["CPU"]
+    assert 1 <= evaluate_module._fitting(modest).model_hosts <= machine.nodes[0].resources["CPU"]
 
 
 # ---- penstock evaluate FOLDER... ------------------------------------------------------------------------------------
