@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
     scale.add_argument("--model-hosts", metavar="N", type=_count, required=True, help="so many model hosts, 1 or more")
 
+    cost = command("cost", _cost, "say what a sweep has held of the cluster, by phase, by SAE, and to no use")
+    cost.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    cost.add_argument("--gpu-hour", metavar="PRICE", type=_amount, help="of a GPU (else resources.gpu_hour_cost)")
+    cost.add_argument("--cpu-hour", metavar="PRICE", type=_amount, help="of a CPU core")
+    cost.add_argument("--json", action="store_true", help="print one object, with every SAE")
+
     command("list", _list, "list the sweeps there are")
 
     front = command("front", _front, "show a sweep's SAEs and its Pareto front")
@@ -345,6 +351,14 @@ def _scale(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.status import ask_for_hosts
 
     print(ask_for_hosts(home, arguments.sweep, arguments.model_hosts))
+    return 0
+
+
+def _cost(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.cost import cost
+
+    found = cost(home, arguments.sweep, arguments.gpu_hour, arguments.cpu_hour)
+    print(found.as_json() if arguments.json else found.as_text())
     return 0
 
 

@@ -23,6 +23,7 @@ from penstock.errors import CheckpointError, SweepError
 from penstock.identity import code_hash
 from penstock.memory import is_out_of_memory
 from penstock.probe import measure
+from penstock.stopwatch import Stopwatch
 from penstock.storage import Storage
 from sae_core import SAE, Calibration, SAESettings, SAETrainer, TrainingSettings
 from sae_core.errors import reason_of
@@ -63,6 +64,9 @@ class _Slot:
     trainer: SAETrainer
     folder: str
     history: list[dict[str, Any]]
+    watch: Stopwatch
+    tokens_before: int = 0  # that it had been trained on when it came to this worker
+    saved_seconds: float = 0.0  # of the watch, when it was last saved
     reason: str | None = None  # why it was stopped
 
     @property
@@ -106,6 +110,7 @@ class Pack:
         self._pool = ThreadPoolExecutor(saes_at_once) if saes_at_once > 1 else None
         self._slots: list[_Slot] = []
         self._pruned_tokens = 0
+        self._pruned_laps: dict[str, tuple[float, float, int]] = {}
         for member in members:
             trainer = SAETrainer(
                 member.settings,
@@ -115,8 +120,10 @@ class Pack:
                 device=device,
                 micro_batch_tokens=micro_batch_tokens,
             )
-            slot = _Slot(member, trainer, f"saes/{member.sae_id}", [])
+            watch = Stopwatch(on_gpu=device == "cuda")
+            slot = _Slot(member, trainer, f"saes/{member.sae_id}", [], watch)
             self._resume(slot, allow_code_change)
+            slot.tokens_before = trainer.tokens_seen
             self._slots.append(slot)
 
     @property
@@ -129,6 +136,11 @@ class Pack:
         """Tokens that the SAEs have been trained on, summed over them."""
         return self._pruned_tokens + sum(slot.trainer.tokens_seen for slot in self._slots)
 
+    def laps(self) -> dict[str, tuple[float, float, int]]:
+        """By SAE: the seconds that its steps have taken on this worker, those of them up to when it was last saved, and
+        the tokens that it was trained on here."""
+        return self._pruned_laps | {slot.member.sae_id: _lap(slot) for slot in self._slots}
+
     def step(self, step: int, inputs: Mapping[str, Tensor]) -> None:
         """Train every active SAE that stands at this step on its batch: an array [batch, d] an input, read-only, whose
         rows are the same tokens in all of them."""
@@ -138,7 +150,8 @@ class Pack:
         def train(slot: _Slot) -> dict[str, float] | Exception | None:
             target = inputs[slot.member.writes] if slot.member.is_transcoder else None
             try:
-                return self._step_within_memory(slot.trainer, inputs[slot.member.reads], target, want_metrics)
+                with slot.watch.lap():
+                    return self._step_within_memory(slot.trainer, inputs[slot.member.reads], target, want_metrics)
             except Exception as error:  # the border of one SAE: its fault stops it alone
                 return error
 
@@ -178,6 +191,7 @@ class Pack:
             write_history(sae_id, {"step": trainer.steps_done, "history": slot.history})
             self._slots.remove(slot)
             self._pruned_tokens += trainer.tokens_seen
+            self._pruned_laps[sae_id] = _lap(slot)
             about = {"step": trainer.steps_done, "tokens": trainer.tokens_seen}
             self._emit({"kind": "stopped", "sae_id": sae_id, "status": "pruned", "reason": reason, **about})
 
@@ -280,11 +294,13 @@ class Pack:
     def _save(self, slot: _Slot) -> None:
         folder = f"{slot.folder}/checkpoints"
         name = f"step-{slot.trainer.steps_done:09d}"
+        seconds = slot.watch.seconds
         if self._storage.is_committed(f"{folder}/{name}"):
             return
         about = {"code": code_hash(), "micro_batch_tokens": slot.trainer.micro_batch_tokens, "history": slot.history}
         files = {"state.safetensors": save_tensors(slot.trainer.state()), "about.json": json.dumps(about).encode()}
         self._storage.commit_folder(f"{folder}/{name}", files, self._guard)
+        slot.saved_seconds = seconds
         for old in self._storage.names(folder)[:-KEEP_CHECKPOINTS]:
             self._storage.delete(f"{folder}/{old}")
 
@@ -326,8 +342,13 @@ class Pack:
         files = _saved(sae, slot.trainer.sparsity())
         files["summary.json"] = (json.dumps(summary) + "\n").encode()
         self._storage.commit_folder(f"{slot.folder}/final", files, self._guard)
+        slot.saved_seconds = slot.watch.seconds
         self._storage.delete(f"{slot.folder}/checkpoints")
         self._emit({"kind": "finished", "sae_id": slot.member.sae_id})
+
+
+def _lap(slot: _Slot) -> tuple[float, float, int]:
+    return slot.watch.seconds, slot.saved_seconds, slot.trainer.tokens_seen - slot.tokens_before
 
 
 def _dead_over_tokens(trainer: SAETrainer) -> int:

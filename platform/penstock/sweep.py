@@ -13,12 +13,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.accounts import STARTING, Accounts, accounts_folder
 from penstock.batches import checkpoint_steps
 from penstock.decisions import Pruner, add_saes
 from penstock.errors import SweepError, UserError
@@ -102,6 +103,7 @@ class Driver(Session):
         self._seconds: dict[str, float] = {}
         self._fence: Fence | None = None
         self._pulse: Pulse | None = None
+        self._accounts: Accounts | None = None
         self._phase_now = "start"
         self._stream_status: dict[str, Any] = {}
         self._asked_at = 0.0
@@ -118,6 +120,7 @@ class Driver(Session):
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.time() - begun
+            self._book()
 
     # ---- the whole ----
 
@@ -149,6 +152,8 @@ class Driver(Session):
         """Stop what this driver started."""
         if self._pulse is not None:
             self._pulse.stop()
+        if self._accounts is not None:
+            self._accounts.write(over=True)
         if self._fence is not None:
             release(self._fence)
         self._mirror.close()
@@ -211,11 +216,35 @@ class Driver(Session):
         self.storage.clean_staging()
         for sae in self.left:  # what failed before is tried again
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
-        self._pulse = Pulse(self.storage, sweep.status_file, self._standing)
+        self._accounts = self._open_accounts(self._fence)
+        self._pulse = Pulse(self.storage, sweep.status_file, self._beat)
         remember(self.home, self.spec.name, sweep.sweep_id, self.storage)
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
         again = f", {resumed} of them from checkpoints" if resumed else ""
         self.say(f"sweep id {sweep.sweep_id}: {len(self.packs)} pack(s) starting{again}")
+
+    def _open_accounts(self, fence: Fence) -> Accounts:
+        resources = self.spec.resources
+        about = {
+            "started": self._started,
+            "per_host": {"gpu_seconds": resources.gpus_per_host, "cpu_seconds": resources.cpus_per_host},
+            "per_pack": {"gpu_seconds": resources.gpus_per_pack, "cpu_seconds": resources.cpus_per_pack},
+            "gpu_hour_cost": resources.gpu_hour_cost,
+        }
+        name = f"{int(self._started):012d}-{fence.token[:8]}.json"
+        accounts = Accounts(self.storage, f"{accounts_folder(self.sweep.sweep_id)}/{name}", about)
+        accounts.add_saes(self.sweep.saes)
+        return accounts
+
+    def _book(self) -> None:
+        """Note what the hosts are held for; the pulse does it too, from its thread."""
+        if self._accounts is not None:
+            hosts = self._stream_status.get("hosts") or dict.fromkeys(list(self.fleet.hosts), STARTING)
+            self._accounts.tick(self._phase_now, hosts, self._stopped, self._cost)
+
+    def _beat(self) -> dict[str, Any]:
+        self._book()
+        return self._standing()
 
     def _train(self) -> None:
         """Run the packs to their end."""
@@ -235,6 +264,8 @@ class Driver(Session):
         self.sweep = replace(self.sweep)  # it has more SAEs now
         self.left = [sae for sae in self.sweep.left() if sae.sae_id not in before]
         self.packs = plan_packs(self.spec, self.left)
+        if self._accounts is not None:
+            self._accounts.add_saes(self.sweep.added)
         if self._tracker is not None:
             added = [self._tracked(sae) for sae in self.sweep.added]
             self._tracker.add(added)
@@ -377,6 +408,8 @@ class Driver(Session):
                     self._first_step = time.time() - self._started
                 at = f"step {event['step']}" if event["step"] else "its first step"
                 self.say(f"pack {event['pack_id']} is at {at}")
+            elif event["kind"] == "time" and self._accounts is not None:
+                self._accounts.heed(event)
             elif event["kind"] == "log":
                 self.say(event["message"])
             elif event["kind"] == "fatal":
@@ -477,6 +510,7 @@ class Driver(Session):
             "sae_tokens": trained,
             "sae_tokens_per_second": trained / max(1e-9, self._seconds["train"]),
             **self._saved(),
+            **self._held(),
         }
         table = publish(self.sweep, self._tracker, self._cost, self._mirror)
         self._print_front()
@@ -486,6 +520,17 @@ class Driver(Session):
         if failed:
             self.say(f"{len(failed)} SAE(s) failed: {', '.join(failed)}; the same command tries them again")
         return 1 if failed else 0
+
+    def _held(self) -> dict[str, float]:
+        """What all attempts have held of the cluster."""
+        from penstock.cost import read_cost
+
+        assert self._accounts is not None
+        self._book()
+        self._accounts.write()
+        with suppress(UserError):  # a storage that is full costs the sweep nothing but its books
+            return asdict(read_cost(self.storage, self.sweep.sweep_id, self.spec.name).total)
+        return {}
 
     def _say_off_target(self, table: Any) -> None:
         """An SAE that was asked for an L0 and has another is no error, but nobody should have to look for it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from penstock.accounts import WorkerClock
 from penstock.activations import from_wire
 from penstock.batches import Schedule, batches, checkpoint_steps
 from penstock.calibrations import calibration_file, load_calibration, store_calibrations
@@ -84,6 +85,7 @@ def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
 
 
 def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> None:
+    clock = WorkerClock(job.pack_id)
     torch.set_num_threads(job.threads)
     device = "cuda" if job.on_gpu and torch.cuda.is_available() else "cpu"
     left = [member for member in job.members if not has_ended(job.storage, member.sae_id, job.journal)]
@@ -117,6 +119,8 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
                 inputs = {name: view[batch].to(device, torch.float32) for name, view in views.items()}
                 pack.step(step, inputs)
                 client.about |= {"step": step + 1, "trained_tokens": pack.tokens_trained}
+                if clock.due:
+                    client.emit(clock.event(pack.laps(), client.about.get("wait_seconds", 0.0)))
                 client.keep_alive()
                 if step + 1 in job.rungs:
                     _report_rung(job, client, pack, step + 1, inputs)
@@ -137,6 +141,7 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
             views.clear()
     client.flush(PAUSE_SECONDS)
     pack.finish(tails)
+    client.emit(clock.event(pack.laps(), client.about.get("wait_seconds", 0.0)))
 
 
 def _report_rung(
