@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import SweepError
@@ -44,7 +44,12 @@ class Fleet:
 
         resources = self._spec.resources
         config = HostConfig(self._spec.model, self._spec.data, self._storage, resources.host_threads, code_hash())
-        options = {"num_cpus": resources.cpus_per_host, "num_gpus": resources.gpus_per_host}
+        options = {
+            "num_cpus": resources.cpus_per_host,
+            "num_gpus": resources.gpus_per_host,
+            "resources": dict(resources.host_resources),
+            "label_selector": dict(resources.host_labels),
+        }
         while len(self.hosts) < n_hosts:
             name = f"host-{uuid.uuid4().hex[:8]}"
             self.hosts[name] = HostActor.options(name=name, namespace=NAMESPACE, **options).remote(config)
@@ -97,6 +102,17 @@ class Fleet:
 
         try:
             ray.get(self.stream.stop_saes.remote(dict(stops)), timeout=CALL_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return False
+        return True
+
+    def halt_packs(self, packs: Collection[str] | None, why: str) -> bool:
+        """Have packs save and end as they stand, all there are and all to come where None is given; whether the stream
+        has taken note. A stream that is restarted has to be told again."""
+        import ray
+
+        try:
+            ray.get(self.stream.halt.remote(None if packs is None else list(packs), why), timeout=CALL_SECONDS)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return False
         return True

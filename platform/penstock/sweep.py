@@ -29,6 +29,7 @@ from penstock.home import Home, remember
 from penstock.identity import code_hash
 from penstock.mirror import Mirror
 from penstock.pack import KEPT
+from penstock.placement import pack_request
 from penstock.plan import (
     PlannedPack,
     PlannedSAE,
@@ -305,8 +306,8 @@ class Driver(Session):
             arrays=pack.hook_points,
             steps=training.steps,
             storage=self.storage,
-            cpus=resources.cpus_per_pack,
-            gpus=resources.gpus_per_pack,
+            resources=pack_request(resources).bundle,
+            labels=dict(resources.pack_labels),
             fence=self._fence,
             journal=self.sweep.journal,
             spool=self._spool,

@@ -39,8 +39,8 @@ class TrialJob:
     arrays: tuple[str, ...]
     steps: int
     storage: Storage
-    cpus: float
-    gpus: float
+    resources: Mapping[str, float]  # of its worker
+    labels: Mapping[str, str]  # of the nodes that its worker may run on
     fence: Fence
     journal: Journal
     spool: SpooledStream | None
@@ -97,8 +97,9 @@ def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> str | None:
         train_loop_config={"job": job, "stream": stream, "fence": fence},
         scaling_config=train.ScalingConfig(
             num_workers=1,
-            use_gpu=job.gpus > 0,
-            resources_per_worker={"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
+            use_gpu=job.resources.get("GPU", 0) > 0,
+            resources_per_worker=dict(job.resources),
+            label_selector=dict(job.labels) or None,
         ),
         run_config=train.RunConfig(
             storage_path=job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray",
