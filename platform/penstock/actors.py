@@ -76,6 +76,7 @@ class HostActor:
             seconds=time.perf_counter() - started,
             spooled=spooled,
             notice=notice,
+            spool_bytes=spool.held_bytes if spool is not None else None,
         )
         return *(made[name] for name in arrays), info
 
@@ -194,9 +195,11 @@ class StreamActor:
         } if spool else None  # fmt: skip
         state = StreamState(blocks, config.window, spooled=spooled, lease_seconds=config.lease_seconds)
         self._stream = Stream(state)
-        self._meters = Meters(config.name)
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        limit = spool.spool.limit_bytes if spool else None
+        self._meters = Meters(config.name, spool_limit_bytes=limit, restarted=restarted)
         self._tasks: list[asyncio.Task[None]] = []
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if restarted:
             # Who is still there attaches again, and where each stands only it knows.
             print("the stream has been restarted; packs attach again, blocks are made again", flush=True)
             return

@@ -233,6 +233,11 @@ class SpooledStream:
         self._touch_now_and_then()
         return values
 
+    @property
+    def held_bytes(self) -> int:
+        """What the whole spool holds, as far as this process has measured and written."""
+        return _usage(self._storage).held_bytes
+
     def shape(self, array: str, block: int) -> tuple[int, int]:
         """(tokens, d) of a block by the schema of its file: its activations are neither read nor verified.
 
@@ -341,6 +346,10 @@ class _Usage:
         self._streams: list[StreamInfo] = []
         self._bytes = 0
         self._due = 0.0
+
+    @property
+    def held_bytes(self) -> int:
+        return self._bytes
 
     def forget(self) -> None:
         """Measure anew before the next block."""

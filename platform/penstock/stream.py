@@ -27,7 +27,8 @@ class HostGoneError(Exception):
 @dataclass(frozen=True)
 class BlockInfo:
     """What making a block cost. `spooled`: the arrays that lie in the spool now; `from_spool`: the whole block lay
-    there already, and no array comes with it. `notice`: what the user should know."""
+    there already, and no array comes with it. `notice`: what the user should know: the spool takes no more blocks.
+    `spool_bytes`: what the whole spool holds, None where there is none."""
 
     tokens: int
     forward_passes: int
@@ -35,6 +36,7 @@ class BlockInfo:
     spooled: tuple[str, ...] = ()
     from_spool: bool = False
     notice: str | None = None
+    spool_bytes: int | None = None
 
 
 class Host(Protocol):
@@ -62,6 +64,8 @@ class Stream:
         }  # fmt: skip
         self.consumed: dict[str, dict[str, float]] = {}  # pack -> what it has said of itself
         self.stops: dict[str, str] = {}  # SAEs that are to stop, and why
+        self.spool_bytes: int | None = None  # as the last host to make a block has said
+        self.spool_is_full = False
         self._clock = clock
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,6 +165,12 @@ class Stream:
         """What making and losing blocks has come to so far."""
         return {**self._cost, "blocks_remade": self.state.blocks_remade}
 
+    @property
+    def paused_packs(self) -> int:
+        """How many packs are in a pause that they have announced."""
+        now = self._clock()
+        return sum(one.status == "live" and now < one.pause_until for one in self.state.members.values())
+
     def status(self) -> dict[str, Any]:
         """How things stand: hosts, window, and every pack's cursor, lag behind the foremost, and figures."""
         now, members = self._clock(), self.state.members.values()
@@ -229,6 +239,8 @@ class Stream:
         self._cost["forward_passes"] += info.forward_passes
         self._cost["harvested_tokens"] += 0 if info.from_spool else info.tokens
         self._cost["harvest_seconds"] += info.seconds
+        if info.spool_bytes is not None:
+            self.spool_bytes, self.spool_is_full = info.spool_bytes, info.notice is not None
         if info.notice and info.notice not in self._noticed:
             self._noticed.add(info.notice)
             self._log(info.notice)

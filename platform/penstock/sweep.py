@@ -49,6 +49,7 @@ from penstock.tokens import build_token_store
 
 if TYPE_CHECKING:
     from penstock.actors import StreamConfig
+    from penstock.meters import DriverMeters
     from penstock.tracking import TrackedSAE
     from penstock.trial import TrialJob, Trials
 
@@ -105,6 +106,7 @@ class Driver(Session):
         self._fence: Fence | None = None
         self._pulse: Pulse | None = None
         self._accounts: Accounts | None = None
+        self._meters: DriverMeters | None = None
         self._phase_now = "start"
         self._stream_status: dict[str, Any] = {}
         self._asked_at = 0.0
@@ -155,6 +157,8 @@ class Driver(Session):
             self._pulse.stop()
         if self._accounts is not None:
             self._accounts.write(over=True)
+        if self._meters is not None:
+            self._meters.end(time.time())
         if self._fence is not None:
             release(self._fence)
         self._mirror.close()
@@ -206,6 +210,8 @@ class Driver(Session):
 
     def _begin(self) -> None:
         """Take the sweep over: start its stream, and close it to every other driver."""
+        from penstock.meters import DriverMeters
+
         self._check_resumable()
         sweep = self.sweep
         config = self._stream_config()
@@ -218,6 +224,7 @@ class Driver(Session):
         for sae in self.left:  # what failed before is tried again
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
         self._accounts = self._open_accounts(self._fence)
+        self._meters = DriverMeters(sweep.sweep_id)
         self._pulse = Pulse(self.storage, sweep.status_file, self._beat)
         remember(self.home, self.spec.name, sweep.sweep_id, self.storage)
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
@@ -245,7 +252,10 @@ class Driver(Session):
 
     def _beat(self) -> dict[str, Any]:
         self._book()
-        return self._standing()
+        report = self._standing()
+        if self._meters is not None:
+            self._meters.update(report, time.time())
+        return report
 
     def _train(self) -> None:
         """Run the packs to their end."""
@@ -401,6 +411,7 @@ class Driver(Session):
         rows: dict[str, list[dict[str, Any]]] = {}
         for event in found["mail"]:
             self._pruner.heed(event)
+            self._meters.heed(event)
             if event["kind"] == "metrics":
                 rows.setdefault(event["sae_id"], []).append(event)
                 self._tokens_at[event["sae_id"]] = event["tokens"]
