@@ -6,13 +6,10 @@ Light: a pack's worker and the driver keep the books, and neither needs more tha
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from penstock.storage import Storage
-
-if TYPE_CHECKING:
-    from penstock.plan import PlannedSAE
 
 WRITE_SECONDS = 10.0
 BUSY, IDLE, STARTING = "busy", "idle", "starting"
@@ -65,16 +62,14 @@ class Accounts:
         self._ticked, self._written = float(about["started"]), 0.0
         self._phases: dict[str, dict[str, Any]] = {}
         self._workers: dict[str, dict[str, Any]] = {}
-        self._saes: dict[str, dict[str, str]] = {}
+        self._saes: dict[str, str] = {}
         self._stopped: dict[str, str] = {}
         self._blocks: dict[str, float] = {}
 
-    def add_saes(self, saes: Iterable["PlannedSAE"]) -> None:
-        """The SAEs of the sweep, which bear what it costs."""
+    def add_saes(self, titles: Mapping[str, str]) -> None:
+        """The SAEs of the sweep, which bear what it costs: what each is called, by its id."""
         with self._lock:
-            for sae in saes:
-                kind = f"{sae.baseline} baseline" if sae.baseline else str(sae.params["architecture"])
-                self._saes[sae.sae_id] = {"hook_point": sae.hook_point, "kind": kind}
+            self._saes |= titles
 
     def heed(self, event: Mapping[str, Any]) -> None:
         """Take in what a worker has said of its time; the latest counts."""

@@ -60,8 +60,7 @@ class SAECost:
     """What one SAE has come to: its share of everything that was held."""
 
     sae_id: str
-    hook_point: str
-    kind: str
+    title: str
     status: str = ""  # diverged, failed, pruned; empty for one that was not stopped
     tokens: int = 0
     amount: Amount = Amount()
@@ -99,8 +98,8 @@ class Cost:
                 for name, (seconds, hosts, packs) in self.phases.items()
             },
             "saes": [
-                {"sae_id": one.sae_id, "hook_point": one.hook_point, "kind": one.kind, "status": one.status or None,
-                 "tokens": one.tokens, **held(one.amount)}
+                {"sae_id": one.sae_id, "title": one.title, "status": one.status or None, "tokens": one.tokens,
+                 **held(one.amount)}
                 for one in self.saes
             ],
             "wasted": {reason: held(amount) for reason, amount in self.wasted.items()},
@@ -124,15 +123,15 @@ class Cost:
 
     def _sae_table(self) -> str:
         rows = [
-            [one.sae_id, one.hook_point, one.kind, one.status or "-", f"{one.tokens:,}", *self._row(one.amount),
+            [one.sae_id, one.title, one.status or "-", f"{one.tokens:,}", *self._row(one.amount),
              *self._money(one.amount)]
             for one in self.saes[:SHOWN]
         ]  # fmt: skip
         if rest := self.saes[SHOWN:]:
             more = _sum(one.amount for one in rest)
-            rows.append([f"{len(rest)} more", "", "", "", f"{sum(one.tokens for one in rest):,}", *self._row(more),
+            rows.append([f"{len(rest)} more", "", "", f"{sum(one.tokens for one in rest):,}", *self._row(more),
                          *self._money(more)])  # fmt: skip
-        header = ["SAE", "hook point", "kind", "stopped", "tokens", "GPU-s", "CPU-s", *["money"] * self.prices.known]
+        header = ["SAE", "settings", "stopped", "tokens", "GPU-s", "CPU-s", *["money"] * self.prices.known]
         return text_table(header, rows, right={"tokens", "GPU-s", "CPU-s", "money"})
 
     def _waste_table(self) -> str:
@@ -212,11 +211,8 @@ def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], pric
                 wasted["blocks made again"] += per_host * (phase["hosts"][BUSY] * again)
     wasted["training lost to failures, and made again"] = _lost(records, stopped)
     for sae_id in saes.keys() | shares.keys():
-        about = saes.get(sae_id, {"hook_point": "-", "kind": "-"})
         status = stopped.get(sae_id, "")
-        settled.saes.append(
-            SAECost(sae_id, about["hook_point"], about["kind"], status, tokens[sae_id], shares[sae_id])
-        )
+        settled.saes.append(SAECost(sae_id, saes.get(sae_id, "-"), status, tokens[sae_id], shares[sae_id]))
         if status:
             wasted["SAEs that were pruned" if status == PRUNED else "SAEs that diverged or failed"] += shares[sae_id]
     settled.saes.sort(key=lambda one: (-one.amount.gpu_seconds, -one.amount.cpu_seconds, one.sae_id))

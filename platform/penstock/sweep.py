@@ -241,7 +241,7 @@ class Driver(Session):
         }
         name = f"{int(self._started):012d}-{fence.token[:8]}.json"
         accounts = Accounts(self.storage, f"{accounts_folder(self.sweep.sweep_id)}/{name}", about)
-        accounts.add_saes(self.sweep.saes)
+        accounts.add_saes({sae.sae_id: self._tracked(sae).title for sae in self.sweep.saes})
         return accounts
 
     def _book(self) -> None:
@@ -276,7 +276,7 @@ class Driver(Session):
         self.left = [sae for sae in self.sweep.left() if sae.sae_id not in before]
         self.packs = plan_packs(self.spec, self.left)
         if self._accounts is not None:
-            self._accounts.add_saes(self.sweep.added)
+            self._accounts.add_saes({sae.sae_id: self._tracked(sae).title for sae in self.sweep.added})
         if self._tracker is not None:
             added = [self._tracked(sae) for sae in self.sweep.added]
             self._tracker.add(added)

@@ -10,7 +10,7 @@ from penstock.errors import SweepError
 from penstock.home import Home, remember
 from penstock.storage import Storage
 
-SAES = {name: {"hook_point": "blocks.1.hook_resid_post", "kind": "topk"} for name in ("a", "b")}
+SAES = {name: "topk k=4 · blocks.1.hook_resid_post" for name in ("a", "b")}
 
 
 def worker(name, started, held, saes, waiting=0.0):
