@@ -235,12 +235,19 @@ class StreamActor:
 
     async def report(
         self, pack_id: str, events: Sequence[dict[str, Any]], about: Mapping[str, float], pause_seconds: float, run: int
-    ) -> dict[str, str]:
+    ) -> dict[str, Any]:
         return await self._stream.report(pack_id, events, about, pause_seconds, run)
 
     async def stop_saes(self, stops: Mapping[str, str]) -> None:
         """Have these SAEs stopped, and why; calling it again adds to them."""
         self._stream.stops |= stops
+
+    async def halt(self, packs: Sequence[str] | None, why: str) -> None:
+        """Have packs save and end, all where None is given; calling it again changes nothing."""
+        await self._stream.halt(packs, why)
+
+    async def halted(self, pack_id: str, run: int) -> str | None:
+        return self._stream.halted(pack_id, run)
 
     async def collect(self) -> dict[str, Any]:
         return {"incarnation": self._incarnation, **await self._stream.collect()}

@@ -10,7 +10,7 @@ import ray
 
 from penstock.errors import SweepError
 from penstock.spool import SpooledStream, SpoolError
-from penstock.stream_state import LeaseLostError
+from penstock.stream_state import HaltedError, LeaseLostError
 
 REPORT_SECONDS = 1.0
 AWAY_SECONDS = 120
@@ -39,11 +39,13 @@ class StreamClient:
         self._last_call: Any = None
         self._report: Any = None
         self.stops: dict[str, str] = {}  # SAEs that have been decided to stop, and why, as far as it is known here
+        self.halt: str | None = None  # why the pack is to save and end, as far as it is known here
         self.about: dict[str, float] = {"wait_seconds": 0.0, "spool_reads": 0}
 
     def blocks(self, first: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(block, read-only array by name) in order; a block counts as used up when the next one is asked for: keep
-        nothing of it then, since the object store may only drop what no process maps."""
+        nothing of it then, since the object store may only drop what no process maps. Raises `HaltedError` when the
+        pack is to save and end."""
         self._attach(first)
         request = self._request(first)
         for block in range(first, stop):
@@ -88,6 +90,13 @@ class StreamClient:
         self._sent = time.monotonic()
         self._report = self._tell(self._stream.report, events, self.about, pause_seconds)
 
+    def ask_halted(self) -> str | None:
+        """Why the pack is to save and end; None where it is not, or where the stream is away."""
+        try:
+            return ray.get(self._stream.halted.remote(self._pack_id, self._run), timeout=60)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            return None
+
     def close(self) -> None:
         """Send the rest and leave the stream."""
         self.flush(0.0)
@@ -109,7 +118,8 @@ class StreamClient:
         """What was answered to the last report; an answer that is not there yet, or lost, comes with the next."""
         if self._report is not None and ray.wait([self._report], timeout=0)[0]:
             with contextlib.suppress(ray.exceptions.RayError):
-                self.stops = ray.get(self._report)
+                decided = ray.get(self._report)
+                self.stops, self.halt = decided["stops"], decided["halt"]
 
     def _request(self, block: int) -> Any:
         return self._stream.next_block.remote(self._pack_id, block, self._run)
@@ -129,6 +139,8 @@ class StreamClient:
                 found = ray.get(request)
                 if found is not None:
                     return found
+            except HaltedError as error:  # it comes with the stream's traceback around it
+                raise getattr(error, "cause", error) from None
             except (ray.exceptions.RayActorError, LeaseLostError):
                 self._attach(block)
             request = self._request(block)

@@ -195,21 +195,26 @@ class Pack:
             about = {"step": trainer.steps_done, "tokens": trainer.tokens_seen}
             self._emit({"kind": "stopped", "sae_id": sae_id, "status": "pruned", "reason": reason, **about})
 
-    def checkpoint(self) -> None:
-        """Save every active SAE whole; a stopped one keeps its last checkpoint.
+    def checkpoint(self) -> dict[str, int]:
+        """Save every active SAE whole; a stopped one keeps its last checkpoint. The step of each that stands in storage
+        as it stands here.
 
         A full disk stops no training: what could not be saved is said, and the last whole checkpoint stays.
         """
+        saved: dict[str, int] = {}
         for slot in self._slots:
-            if slot.active and not self._stop_if_diverged(slot):
+            if slot.active and slot.trainer.steps_done > 0 and not self._stop_if_diverged(slot):
                 try:
                     self._save(slot)
+                    saved[slot.member.sae_id] = slot.trainer.steps_done
                 except OSError as error:
                     self._log(
                         f"SAE {slot.member.sae_id}: its checkpoint at step {slot.trainer.steps_done} could not be "
                         f"written to {self._storage.uri} ({reason_of(error)}); training goes on, and the last whole "
                         "one stays"
                     )
+        self._emit({"kind": "saved", "saes": saved})
+        return saved
 
     def keep(self, step: int, latest: Mapping[str, Tensor]) -> None:
         """Keep every active SAE that has made `step` steps as it would be used now: folded, in SAELens' format, below

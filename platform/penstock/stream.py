@@ -7,12 +7,12 @@ import asyncio
 import statistics
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from penstock.stream_state import LeaseLostError, StreamState, Work
+from penstock.stream_state import HaltedError, LeaseLostError, StreamState, Work
 
 # A host that is silent for longer than this, and many times longer than blocks take, hangs.
 HARVEST_SECONDS = 600.0
@@ -66,6 +66,8 @@ class Stream:
         self.stops: dict[str, str] = {}  # SAEs that are to stop, and why
         self.spool_bytes: int | None = None  # as the last host to make a block has said
         self.spool_is_full = False
+        self._halts: dict[str, tuple[int, str]] = {}  # packs that are to save and end: up to which run, and why
+        self._halt_all: str | None = None
         self._clock = clock
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,6 +130,8 @@ class Stream:
         while True:
             if self.state.fatal:
                 raise RuntimeError(self.state.fatal)
+            if why := self.halted(pack_id, run):
+                raise HaltedError(why)
             if (objects := self.state.take(pack_id, block, self._clock(), run)) is not None:
                 return objects
             left = deadline - self._clock()
@@ -142,17 +146,33 @@ class Stream:
 
     async def report(
         self, pack_id: str, rows: Sequence[dict[str, Any]], about: Mapping[str, float], pause_seconds: float, run: int
-    ) -> dict[str, str]:
+    ) -> dict[str, Any]:
         """Progress of a pack: metric rows and events for the driver, figures about itself, and a sign of life. The
-        answer is what has been decided: the SAEs that are to stop, in this pack or another, and why."""
+        answer is what has been decided: `stops`, the SAEs that are to stop, in this pack or another, and why; `halt`,
+        why the pack itself is to save and end, None where it is not."""
         with suppress(LeaseLostError):  # what it says counts all the same; it attaches again for its next block
             self.state.progress(pack_id, self._clock(), pause_seconds, run)
         self._mail.extend(rows)
         if about:
             self.consumed[pack_id] = dict(about)
-        return self.stops
+        return {"stops": self.stops, "halt": self.halted(pack_id, run)}
+
+    def halted(self, pack_id: str, run: int) -> str | None:
+        """Why a run of a pack is to save and end; None where it is not."""
+        upto, why = self._halts.get(pack_id, (-1, ""))
+        return self._halt_all or (why if run <= upto else None)
 
     # ---- the driver ----
+
+    async def halt(self, packs: Collection[str] | None, why: str) -> None:
+        """Have these packs save and end as they stand, and say why; all there are and all to come where None is given.
+        An order to one pack is to the run of it that is attached: when it is started again it goes on."""
+        if packs is None:
+            self._halt_all = why
+        for pack_id in packs or ():
+            if (member := self.state.members.get(pack_id)) is not None:
+                self._halts[pack_id] = member.run, why
+        await self._notify()  # those that wait for a block hear of it at once
 
     async def collect(self) -> dict[str, Any]:
         """For the driver: what the packs have reported since the last call (`mail`), the cost so far, a fatal error,

@@ -28,6 +28,10 @@ class LeaseLostError(Exception):
     """The pack made no progress for too long, or never attached: it has to attach again."""
 
 
+class HaltedError(Exception):
+    """The pack is to save and to end, though its SAEs have not: what the error says is why."""
+
+
 class SupersededError(Exception):
     """A newer run of the same pack has attached: this one has outlived its trial and must end."""
 

@@ -13,9 +13,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from penstock.consumer import StreamClient
 from penstock.fence import Fence, FencedError
@@ -28,6 +28,8 @@ TRIES_WITHOUT_PROGRESS = 3
 TRIAL_FAILURES = 100  # of the trial's own process; what it runs is counted by progress
 PAUSE_SECONDS = 600.0
 TRIAL_MEMORY = 512 * 2**20
+# Why a pack is to save and to end: it is queued again after the first, and not after the second.
+YIELD, STOP = "yield", "stop"
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,39 @@ class TrialJob:
         return replace(self, pack_id=content_id(list(sae_ids)), sae_ids=tuple(sae_ids))
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """Why a pack's worker has ended before its SAEs have: they do not fit it (`memory`), or it was told to save and to
+    end (`halt`)."""
+
+    kind: Literal["memory", "halt"]
+    reason: str
+
+
 def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream: Any) -> dict[str, Any]:
     """The Tune trial: run the pack's worker until it ends; give up after failures that bring no progress.
 
     Failures are counted here and not by a lifetime limit of Ray Train, so that a long run may lose many workers. Where
     the SAEs do not fit one worker, or keep it from getting on, it returns those that are left, to be split; one that
-    stands alone is stopped and marked.
+    stands alone is stopped and marked. A pack that was told to save and to end returns why, as `halted`.
     """
     job = jobs[config["pack"]].part(config["saes"])
     fruitless = 0
     while True:
         before, fence = progress(job), job.fence.of(job.pack_id, time.time_ns())
+        client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
+        if why := client.ask_halted():
+            return {"halted": why}
         try:
             fence.check()
             _end_earlier_run(fence)
             fence.close_to_others()
-            reason = _run_worker_group(job, stream, fence)
+            unfinished = _run_worker_group(job, stream, fence)
         except FencedError as error:
             print(error, flush=True)
             return {}
         except Exception as error:  # the border of one pack
             fruitless = 0 if progress(job) > before else fruitless + 1
-            client = StreamClient(stream, job.pack_id, job.arrays, fence.run)
             client.log(f"its worker failed ({error}), {fruitless} time(s) without progress")
             client.flush(PAUSE_SECONDS)
             if _ran_out_of_memory(error):
@@ -83,12 +96,17 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream:
                 continue
             else:
                 reason = f"its worker failed {fruitless} times without progress, the last time of: {error}"
-        return {} if reason is None else _give_up(job, stream, fence, reason)
+            unfinished = Unfinished("memory", reason)
+        if unfinished is None:
+            return {}
+        if unfinished.kind == "halt":
+            return {"halted": unfinished.reason}
+        return _give_up(job, stream, fence, unfinished.reason)
 
 
-def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> str | None:
-    """A Ray Train run of one worker, to its end; why the pack's SAEs do not fit it, where they do not. Raises what the
-    worker died of, after it was started three times."""
+def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> Unfinished | None:
+    """A Ray Train run of one worker, to its end; why the pack's SAEs have not ended, where they have not. Raises what
+    the worker died of, after it was started three times."""
     from ray import train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -108,7 +126,7 @@ def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> str | None:
         ),
     ).fit()
     file = _reason_file(fence)
-    return job.storage.read_json(file)["reason"] if job.storage.exists(file) else None
+    return Unfinished(**job.storage.read_json(file)) if job.storage.exists(file) else None
 
 
 def _give_up(job: TrialJob, stream: Any, fence: Fence, reason: str) -> dict[str, Any]:
@@ -133,9 +151,9 @@ def run_worker(config: Mapping[str, Any]) -> None:
 
     job, fence = config["job"], config["fence"]
     job.storage.write_json(_group_file(fence), {"placement_group": get_current_placement_group().id.hex()})
-    reason = train_pack(pickle.loads(job.work).part(job.pack_id, job.sae_ids), config["stream"], fence)
-    if reason is not None:
-        job.storage.write_json(_reason_file(fence), {"reason": reason})
+    unfinished = train_pack(pickle.loads(job.work).part(job.pack_id, job.sae_ids), config["stream"], fence)
+    if unfinished is not None:
+        job.storage.write_json(_reason_file(fence), asdict(unfinished))
 
 
 def _end_earlier_run(fence: Fence) -> None:
@@ -192,6 +210,8 @@ class Trials:
 
     def __init__(self, jobs: Mapping[str, Any], stream: Any, slots: int, storage: Storage, name: str) -> None:
         self._error: BaseException | None = None
+        self._queue: Any = None
+        self._stopping = False
         self._thread = threading.Thread(
             target=self._run, args=(jobs, stream, slots, storage, name), name="tune", daemon=True
         )
@@ -201,6 +221,12 @@ class Trials:
         """Wait a while; whether the trials are still running."""
         self._thread.join(seconds)
         return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Start no more packs. Those that run end by themselves, once the stream has been told to halt them."""
+        self._stopping = True
+        if self._queue is not None:
+            self._queue.waiting.clear()
 
     def check(self) -> None:
         """Raise what Tune itself died of; a trial's own failure is seen in its SAEs."""
@@ -223,13 +249,16 @@ class Trials:
                 def _print(self, msg: str) -> None:
                     pass
 
+            self._queue = pack_queue([(name, job.sae_ids) for name, job in jobs.items()])
+            if self._stopping:
+                return
             trainable = tune.with_resources(
                 tune.with_parameters(run_pack, jobs=dict(jobs), stream=stream), {"cpu": 0, "memory": TRIAL_MEMORY}
             )
             results = tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
-                    search_alg=pack_queue([(name, job.sae_ids) for name, job in jobs.items()]),
+                    search_alg=self._queue,
                     max_concurrent_trials=slots,
                     num_samples=-1,  # until the queue says that it is over
                 ),
@@ -248,14 +277,15 @@ class Trials:
 
 
 def pack_queue(packs: Iterable[tuple[str, tuple[str, ...]]]) -> Any:
-    """A search algorithm of Tune that proposes packs, in order, and the halves of those that had to be split."""
+    """A search algorithm of Tune that proposes packs, in order, then the halves of those that had to be split, and
+    those again that had to yield to another sweep."""
     from ray.tune.search import Searcher
 
     class PackQueue(Searcher):
         def __init__(self) -> None:
             super().__init__()
             self.waiting = deque(packs)
-            self.running: dict[str, str] = {}  # trial -> name of its job
+            self.running: dict[str, tuple[str, tuple[str, ...]]] = {}  # trial -> name of its job, its SAEs
 
         def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
             return True
@@ -263,15 +293,18 @@ def pack_queue(packs: Iterable[tuple[str, tuple[str, ...]]]) -> Any:
         def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
             if not self.waiting:
                 return None if self.running else Searcher.FINISHED
-            self.running[trial_id], sae_ids = self.waiting.popleft()
-            return {"pack": self.running[trial_id], "saes": sae_ids}
+            name, sae_ids = self.running[trial_id] = self.waiting.popleft()
+            return {"pack": name, "saes": sae_ids}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            name = self.running.pop(trial_id, None)
-            left = (result or {}).get("split")
-            if name is not None and left:
+            if trial_id not in self.running:
+                return
+            name, sae_ids = self.running.pop(trial_id)
+            if left := (result or {}).get("split"):
                 middle = (len(left) + 1) // 2
                 self.waiting.extend([(name, tuple(left[:middle])), (name, tuple(left[middle:]))])
+            elif (result or {}).get("halted") == YIELD:
+                self.waiting.append((name, sae_ids))
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing is kept: a restarted driver begins anew, with what storage says is left."""

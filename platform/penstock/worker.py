@@ -23,7 +23,8 @@ from penstock.pack import Pack, PackMember, PackOutOfMemoryError
 from penstock.probe import Probe
 from penstock.spool import SpooledStream
 from penstock.storage import Storage
-from penstock.trial import PAUSE_SECONDS, has_ended
+from penstock.stream_state import HaltedError
+from penstock.trial import PAUSE_SECONDS, Unfinished, has_ended
 from sae_core import Calibration, TrainingSettings
 
 TAIL_TOKENS = 8192  # the last of the run, on which thresholds are calibrated when an SAE is exported
@@ -64,14 +65,17 @@ class PackJob:
         return replace(self, pack_id=pack_id, members=tuple(one for one in self.members if one.sae_id in sae_ids))
 
 
-def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
-    """The whole life of a pack on its worker; why its SAEs do not fit it, where they do not."""
+def train_pack(job: PackJob, stream: Any, fence: Fence) -> Unfinished | None:
+    """The whole life of a pack on its worker; why it has ended before its SAEs have, where it has."""
     client = StreamClient(stream, job.pack_id, job.hook_points, fence.run, job.spool)
     try:
         check_code(job.code)
         _train(job, client, fence.check)
     except FencedError:  # another one does this work now; there is nobody to tell
         raise
+    except HaltedError as order:
+        client.close()
+        return Unfinished("halt", str(order))
     except UserError as error:  # trying again would not help: the driver ends the sweep
         client.emit({"kind": "fatal", "reason": str(error)})
     except Exception as error:
@@ -79,7 +83,7 @@ def train_pack(job: PackJob, stream: Any, fence: Fence) -> str | None:
             raise
         traceback.print_exception(error)
         client.flush(PAUSE_SECONDS)
-        return f"out of memory: {' '.join(str(error).split())}"
+        return Unfinished("memory", f"out of memory: {' '.join(str(error).split())}")
     client.close()
     return None
 
@@ -111,34 +115,43 @@ def _train(job: PackJob, client: StreamClient, guard: Callable[[], None]) -> Non
         client.emit({"kind": "started", "pack_id": job.pack_id, "sae_ids": sae_ids, "step": first_step})
         # The last block is read also where no step is left to make: its end is needed to export.
         first_block = job.schedule.locate(min(first_step, job.schedule.steps - 1))[0]
-        for block, arrays in client.blocks(first_block, job.schedule.n_blocks):
-            views = {name: from_wire(array, job.dtype) for name, array in arrays.items()}
-            del arrays
-            length = len(next(iter(views.values())))
-            for step, batch in batches(job.schedule, block, length, first_step):
-                inputs = {name: view[batch].to(device, torch.float32) for name, view in views.items()}
-                pack.step(step, inputs)
-                client.about |= {"step": step + 1, "trained_tokens": pack.tokens_trained}
-                if clock.due:
-                    client.emit(clock.event(pack.laps(), client.about.get("wait_seconds", 0.0)))
-                client.keep_alive()
-                if step + 1 in job.rungs:
-                    _report_rung(job, client, pack, step + 1, inputs)
-                del inputs
-                pack.prune(client.stops, job.journal.write_run)
-                if step + 1 in keep_after:  # before a checkpoint, from which it would not be made again
-                    client.flush(PAUSE_SECONDS)
-                    latest = slice(max(0, batch.stop - TAIL_TOKENS), batch.stop)
-                    pack.keep(step + 1, {name: view[latest].to(torch.float32) for name, view in views.items()})
-                if step + 1 in save_after:
-                    client.flush(PAUSE_SECONDS)
-                    pack.checkpoint()
-            if block == job.schedule.n_blocks - 1:
-                tails = {name: view[last_tokens(job.schedule)].to(torch.float32, copy=True)
-                         for name, view in views.items()}  # fmt: skip
-            elif pack.next_step >= job.training.steps:  # every SAE was stopped
-                break
-            views.clear()
+        try:
+            for block, arrays in client.blocks(first_block, job.schedule.n_blocks):
+                views = {name: from_wire(array, job.dtype) for name, array in arrays.items()}
+                del arrays
+                length = len(next(iter(views.values())))
+                for step, batch in batches(job.schedule, block, length, first_step):
+                    inputs = {name: view[batch].to(device, torch.float32) for name, view in views.items()}
+                    pack.step(step, inputs)
+                    client.about |= {"step": step + 1, "trained_tokens": pack.tokens_trained}
+                    if clock.due:
+                        client.emit(clock.event(pack.laps(), client.about.get("wait_seconds", 0.0)))
+                    client.keep_alive()
+                    if step + 1 in job.rungs:
+                        _report_rung(job, client, pack, step + 1, inputs)
+                    del inputs
+                    pack.prune(client.stops, job.journal.write_run)
+                    if step + 1 in keep_after:  # before a checkpoint, from which it would not be made again
+                        client.flush(PAUSE_SECONDS)
+                        latest = slice(max(0, batch.stop - TAIL_TOKENS), batch.stop)
+                        pack.keep(step + 1, {name: view[latest].to(torch.float32) for name, view in views.items()})
+                    if step + 1 in save_after:
+                        client.flush(PAUSE_SECONDS)
+                        pack.checkpoint()
+                    if client.halt is not None and pack.next_step < job.training.steps:
+                        raise HaltedError(client.halt)
+                if block == job.schedule.n_blocks - 1:
+                    tails = {name: view[last_tokens(job.schedule)].to(torch.float32, copy=True)
+                             for name, view in views.items()}  # fmt: skip
+                elif pack.next_step >= job.training.steps:  # every SAE was stopped
+                    break
+                views.clear()
+        except HaltedError as order:
+            client.flush(PAUSE_SECONDS)
+            saved = pack.checkpoint()
+            client.emit({"kind": "halted", "why": str(order), "saved": saved, "step": pack.next_step})
+            client.emit(clock.event(pack.laps(), client.about.get("wait_seconds", 0.0)))
+            raise
     client.flush(PAUSE_SECONDS)
     pack.finish(tails)
     client.emit(clock.event(pack.laps(), client.about.get("wait_seconds", 0.0)))

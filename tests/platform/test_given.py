@@ -120,6 +120,7 @@ class Blocks:
         self._make = lambda block: host.harvest(sweep.store, sweep.spec.data, block, arrays)
         self.about: dict[str, float] = {}
         self.stops: dict[str, str] = {}
+        self.halt: str | None = None
 
     def blocks(self, first, stop):
         for block in range(first, stop):

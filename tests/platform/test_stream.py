@@ -8,7 +8,7 @@ import pytest
 
 from penstock import stream as stream_module
 from penstock.stream import BlockInfo, HostGoneError, Stream, last_line
-from penstock.stream_state import IN_SPOOL, BlockSet, LeaseLostError, StreamState, SupersededError
+from penstock.stream_state import IN_SPOOL, BlockSet, HaltedError, LeaseLostError, StreamState, SupersededError
 
 A, B = "blocks.1.hook_resid_post", "blocks.4.hook_resid_post"
 
@@ -507,10 +507,30 @@ def test_a_pack_hears_with_every_report_what_has_been_decided_and_so_does_one_th
     async def scenario():
         async with running({"p": [A]}, {"host": Host()}) as stream:
             await stream.attach("p", [A], 0, 0)
-            assert await stream.report("p", [], {}, 0.0, 0) == {}
+            assert await stream.report("p", [], {}, 0.0, 0) == {"stops": {}, "halt": None}
             stream.stops |= {"sae": "another one beats it"}
             stream.stops |= {"later": "dead"}
-            assert await stream.report("p", [], {}, 0.0, 0) == {"sae": "another one beats it", "later": "dead"}
-            assert (await stream.report("unknown", [], {}, 0.0, 0)).keys() == {"sae", "later"}
+            told = {"sae": "another one beats it", "later": "dead"}
+            assert await stream.report("p", [], {}, 0.0, 0) == {"stops": told, "halt": None}
+            assert (await stream.report("unknown", [], {}, 0.0, 0))["stops"] == told
 
     asyncio.run(scenario())
+
+
+def test_a_pack_that_is_told_to_end_hears_of_it_with_its_report_and_while_it_waits_for_a_block():
+    async def scenario():
+        async with running({"p": [A], "q": [A]}, {}) as stream:  # no host: no block ever comes
+            for pack in "pq":
+                await stream.attach(pack, [A], 0, 7)
+            waiting = asyncio.ensure_future(stream.next_block("p", 0, 7))
+            await asyncio.sleep(0)
+            await stream.halt(["p", "unknown"], "yield")
+            with pytest.raises(HaltedError, match="yield"):
+                await waiting
+            assert (await stream.report("p", [], {}, 0.0, 7))["halt"] == "yield"
+            assert (await stream.report("q", [], {}, 0.0, 7))["halt"] is None
+            assert stream.halted("p", 8) is None  # started again: it goes on
+            await stream.halt(None, "stop")
+            assert {stream.halted(pack, 8) for pack in ("p", "q", "half-a-pack")} == {"stop"}
+
+    run(scenario)

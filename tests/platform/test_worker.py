@@ -16,6 +16,7 @@ from penstock.pack import Pack, PackMember
 from penstock.probe import Probe
 from penstock.search import Stop
 from penstock.storage import Storage
+from penstock.stream_state import HaltedError
 from penstock.worker import PackJob, _train
 from sae_core import TrainingSettings, calibrate, parse_settings
 
@@ -43,6 +44,7 @@ class Blocks:
         self.taken, self.events, self.about = [], [], {}
         self.stops = {}  # what has been decided, as far as the pack has heard
         self.stop_when = {}  # step -> what is decided then
+        self.halt, self.halt_at = None, None  # the step after which the pack is told to save and to end
 
     def blocks(self, first, stop):
         for block in range(first, stop):
@@ -66,6 +68,7 @@ class Blocks:
 
     def keep_alive(self):
         self.stops = self.stops | self.stop_when.get(self.about["step"], {})
+        self.halt = "stop" if self.about["step"] == self.halt_at else self.halt
 
 
 @pytest.fixture
@@ -83,6 +86,40 @@ def start(tmp_path):
         return job, Blocks()
 
     return start
+
+
+@pytest.mark.parametrize("checkpoints", [0, 4])
+@pytest.mark.parametrize("step", [1, 3, 4, 7, 8])
+def test_a_pack_that_is_told_to_end_goes_on_from_that_very_step(start, step, checkpoints):
+    """In the middle of a block, at its end, at a planned checkpoint; at step 8 there is nothing left to leave."""
+    whole, stream = start("whole")
+    _train(whole, stream, free)
+    job, stream = start("halted")
+    job = replace(job, checkpoints=checkpoints)
+    stream.halt_at = step
+    if step < 8:
+        with pytest.raises(HaltedError, match="stop"):
+            _train(job, stream, free)
+        [halted] = stream.events_of("halted")
+        assert halted == {"kind": "halted", "why": "stop", "step": step, "saved": {"sae": step, "coder": step}}
+        for member in MEMBERS:
+            names = job.storage.names(f"saes/{member.sae_id}/checkpoints")
+            assert names[-1] == f"step-{step:09d}"
+        again = Blocks()
+        _train(job, again, free)
+        assert [event["step"] for event in again.events_of("started")] == [step]
+        assert again.taken[0] == SCHEDULE.locate(step)[0]
+    else:
+        _train(job, stream, free)
+        assert not stream.events_of("halted")
+    found, expected = weights(job), weights(whole)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    def curve(one):
+        return one.storage.read_json("saes/sae/final/summary.json")["history"]
+
+    assert curve(job) == curve(whole)
 
 
 def free() -> None:

@@ -1,0 +1,22 @@
+"""The order to stop, without Ray: which packs are started again, and which are not."""
+
+from penstock.trial import STOP, YIELD, pack_queue
+
+
+def test_a_pack_that_yields_is_queued_again_and_one_that_is_stopped_is_not():
+    from ray.tune.search import Searcher
+
+    queue = pack_queue([("a", ("1", "2")), ("b", ("3",))])
+    assert queue.suggest("t1") == {"pack": "a", "saes": ("1", "2")}
+    assert queue.suggest("t2") == {"pack": "b", "saes": ("3",)}
+    queue.on_trial_complete("t1", {"halted": YIELD})
+    assert queue.suggest("t3") == {"pack": "a", "saes": ("1", "2")}
+    queue.on_trial_complete("t2", {"halted": STOP})
+    assert queue.suggest("t4") is None  # the last one still runs: it may be split
+    queue.on_trial_complete("t3", {"split": ["1", "2"]})
+    assert queue.suggest("t5") == {"pack": "a", "saes": ("1",)}
+    queue.on_trial_complete("t5", {"halted": YIELD})
+    assert [queue.suggest(name)["saes"] for name in ("t6", "t7")] == [("2",), ("1",)]
+    for name in ("t6", "t7"):
+        queue.on_trial_complete(name, {})
+    assert queue.suggest("t8") == Searcher.FINISHED
