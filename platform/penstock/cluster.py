@@ -3,10 +3,11 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from penstock.dashboard import TOKEN_SOURCES, use_token
 from penstock.errors import SweepError
 from penstock.placement import Cluster, Node
 
@@ -22,6 +23,13 @@ ENVIRONMENT = {
 # What our actors and workers have to say comes through the stream; the rest stays in Ray's session logs.
 _QUIET: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": False, "namespace": "penstock"}
 
+SUBMITTED = "PENSTOCK_SUBMITTED"  # in the environment of a job of `penstock submit`
+_ASK_SECONDS = 5.0
+_WANTS_TOKEN = (
+    f"the cluster wants its token, and there is none; accepted: the token in {TOKEN_SOURCES}, with RAY_AUTH_MODE=token "
+    "or unset"
+)
+
 
 def packages() -> list[str]:
     """The folders of our packages as this process imports them: every job ships its own."""
@@ -32,7 +40,8 @@ def packages() -> list[str]:
 def connect(address: str | None) -> bool:
     """Join the cluster at `address` (or the one whose job this is), else start a local Ray. True when it was started.
 
-    Raises `SweepError` when nothing answers at the address.
+    Raises `SweepError` when nothing answers at the address, or the cluster wants a token that is not there or another
+    one. Of a cluster that wants none it warns.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         raise SweepError("Ray runs in this process already, and a sweep starts it, or joins a cluster, with settings "
@@ -41,20 +50,91 @@ def connect(address: str | None) -> bool:
     if address is None or address == "local":
         _start_local()
         return True
+    use_token()
     import ray
 
+    _check_authentication(address)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Ray Train's clean-up asks the State API, which would guess between the clusters of a machine.
     variables = {"RAY_ADDRESS": address} if address != "auto" else {}
     environment: dict[str, Any] = {"env_vars": variables}
-    if "PENSTOCK_SUBMITTED" not in os.environ:  # a job of `penstock submit` brings all of this along
+    if SUBMITTED not in os.environ:  # a job of `penstock submit` brings all of this along
         environment = {"env_vars": {**ENVIRONMENT, **variables}, "py_modules": packages()}
     try:
         ray.init(address=address, runtime_env=environment, **_QUIET)
+    except ray.exceptions.AuthenticationError:
+        raise SweepError(f"--address {address!r}: {_WANTS_TOKEN}") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SweepError(f"--address {address!r}: no Ray cluster answers there: {error}") from None
     return False
+
+
+def warn_of_open_cluster(address: str) -> None:
+    """Say aloud that a cluster asks nobody for a token."""
+    print(
+        f"warning: the cluster at {address} asks for no token: anybody who reaches its ports can run code on it and "
+        "read all that it holds; RAY_AUTH_MODE=token where its nodes start turns the token on (cluster/SECURITY.md)",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+
+
+def _check_authentication(address: str) -> None:
+    """Raise `SweepError` for a token that the cluster refuses; Ray itself tries for 20 s and then names another reason.
+
+    Asks what every Ray process asks first, without the token and with it. What else may be wrong is Ray's to say.
+    """
+    import ray
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in address:  # Ray's client (ray://), which has a port of its own and asks by itself
+        return
+    try:
+        place = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, RuntimeError):
+        return
+    if place is None or (wants_token := _is_refused(place, {})) is None:
+        return
+    if not wants_token:
+        if SUBMITTED not in os.environ:  # `penstock submit` has said so
+            warn_of_open_cluster(address)
+        return
+    try:
+        headers = get_auth_headers_if_auth_enabled({})
+    except ray.exceptions.AuthenticationError:
+        headers = {}
+    if not headers:
+        raise SweepError(f"--address {address!r}: {_WANTS_TOKEN}")
+    if _is_refused(place, headers):
+        raise SweepError(
+            f"--address {address!r}: the cluster refuses this token; accepted: its own, in {TOKEN_SOURCES} (the first "
+            "that is set counts)"
+        )
+
+
+def _is_refused(place: str, headers: Mapping[str, str]) -> bool | None:
+    """Whether the GCS at HOST:PORT sends a caller with these headers away; None where it cannot be asked."""
+    import grpc
+    from ray._common.tls_utils import load_certs_from_env
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        try:
+            certificate, key, authority = load_certs_from_env()
+        except (OSError, RuntimeError):
+            return None
+        channel = grpc.secure_channel(place, grpc.ssl_channel_credentials(authority, key, certificate))
+    else:
+        channel = grpc.insecure_channel(place)
+    with channel:
+        ask = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId
+        metadata = [(name.lower(), value) for name, value in headers.items()]
+        try:
+            ask(gcs_service_pb2.GetClusterIdRequest(), timeout=_ASK_SECONDS, metadata=metadata)
+        except grpc.RpcError as error:
+            return True if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
+        return False
 
 
 def _start_local() -> None:

@@ -3,13 +3,13 @@ otherwise, the token stores and checkpoints."""
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.errors import SweepError
+from penstock.redaction import redacted
 
 if TYPE_CHECKING:
     from penstock.storage import Storage
@@ -87,7 +87,7 @@ class Home:
             problem = _refused(uri)
         if problem:
             source = "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "the tracking database"
-            raise SweepError(f"{source} {_without_password(uri)!r}: {problem}")
+            raise SweepError(f"{source} {redacted(uri)!r}: {redacted(problem)}")
 
 
 def remember(home: Home, name: str, sweep_id: str, storage: "Storage") -> None:
@@ -140,7 +140,3 @@ def _refused(uri: str) -> str | None:
     except sqlalchemy.exc.SQLAlchemyError as error:
         return f"the database does not answer ({str(error).splitlines()[0]})"
     return None
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", uri)

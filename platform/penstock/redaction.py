@@ -12,7 +12,7 @@ from typing import Any
 
 HIDDEN = "***"
 _LEAST_SECRET = 8  # characters of an environment variable's value; what is shorter stands in other texts by chance
-_SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PGPASSWORD|API_KEY|ACCESS_KEY|SECRET_KEY)$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|SECRET_KEY)$")
 # user:password@ of a URI; the password may hold / and @. What looks like HOST:PORT/...@ is none.
 _PASSWORD = re.compile(r"(?<=://)([^/\s:@'\"]*):(?!\d+/)([^\s'\"]*)@")
 _OPTION = re.compile(
@@ -60,7 +60,7 @@ def secrets_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[t
 
 def redacted(text: str) -> str:
     """The text with `***` in place of passwords in URIs, keys that are known by their form, and the values of this
-    process's environment variables that are named like secrets (AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD, ...)."""
+    process's environment variables that are named like secrets (AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD, ...)."""
     for value in _of_the_environment():
         text = text.replace(value, HIDDEN)
     text = _OPTION.sub(rf"\1{HIDDEN}", _PASSWORD.sub(rf"\1:{HIDDEN}@", text))

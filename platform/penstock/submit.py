@@ -1,4 +1,8 @@
-"""Submitting a sweep as a Ray job: the code, the resolved spec and the environment travel with it."""
+"""Submitting a sweep as a Ray job: the code and the resolved spec travel with it, and no secret does.
+
+The job's processes have the environment of the nodes' `ray start`: the cluster's token, keys of storage and hub, and
+MLflow's password stand there. What a job brings along itself, Ray's dashboard shows.
+"""
 
 import logging
 import os
@@ -9,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from penstock.cluster import ENVIRONMENT, packages
+from penstock.cluster import ENVIRONMENT, SUBMITTED, packages, warn_of_open_cluster
+from penstock.dashboard import Dashboard
 from penstock.errors import SweepError
 from penstock.home import Home
 from penstock.plan import read_sweep
+from penstock.redaction import redacted, secret_in
 
-SUBMITTED = "PENSTOCK_SUBMITTED"
 AGENT_SECONDS = 60.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -25,27 +30,21 @@ def submit(
     """Submit the sweep to the cluster whose job server is at `address` (http://HOST:8265).
 
     With `follow`, its logs stream here and the exit status is the job's; otherwise 0 once it is accepted. What is wrong
-    with the spec is found before anything is sent. Raises `SweepError` when the server does not answer.
+    with the spec is found before anything is sent. Raises `SweepError` when the server does not answer, when it wants
+    a token that is not there or another one, and for an MLFLOW_TRACKING_URI with a password in it.
     """
     spec, _ = read_sweep(spec_path)
     spec = spec.model_copy(update={"storage": home.storage_uri(spec.storage)})
-    from ray.job_submission import JobSubmissionClient
-
+    environment = _environment(home)
+    dashboard = Dashboard(address)
+    if dashboard.get("/api/authentication_mode").get("authentication_mode") == "disabled":
+        warn_of_open_cluster(address)
     for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of every package that is uploaded
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SweepError(
-            f"--address {address!r}: no Ray job server answers there ({' '.join(str(error).split())}); accepted: the "
-            "address of a cluster's dashboard, like http://127.0.0.1:8265"
-        ) from None
+    client = dashboard.jobs
     with tempfile.TemporaryDirectory() as folder:
         text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
         (Path(folder) / "spec.yaml").write_text(text, encoding="utf-8")
-        environment = {**ENVIRONMENT, SUBMITTED: "1", "PENSTOCK_HOME": str(home.path), "PYTHONUNBUFFERED": "1"}
-        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-            environment["MLFLOW_TRACKING_URI"] = uri
         job = _submit_when_ready(
             client,
             entrypoint="python -m penstock.cli run spec.yaml" + (" --allow-code-change" if allow_code_change else ""),
@@ -59,6 +58,20 @@ def submit(
     return _follow(client, job)
 
 
+def _environment(home: Home) -> dict[str, str]:
+    """What the job's processes have in their environment beside what their nodes give them. No secrets."""
+    environment = {**ENVIRONMENT, SUBMITTED: "1", "PENSTOCK_HOME": str(home.path), "PYTHONUNBUFFERED": "1"}
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        if what := secret_in(uri):
+            raise SweepError(
+                f"MLFLOW_TRACKING_URI holds {what}, and what a job is given Ray's dashboard shows; accepted: one "
+                "without, and in the environment of the cluster's `ray start` the user and the password, as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a server) or PGPASSWORD (of PostgreSQL)"
+            )
+        environment["MLFLOW_TRACKING_URI"] = uri
+    return environment
+
+
 def _submit_when_ready(client: Any, **job: Any) -> str:
     """Submit; a head that has just started takes a while until it can run jobs."""
     deadline = time.monotonic() + AGENT_SECONDS
@@ -67,7 +80,7 @@ def _submit_when_ready(client: Any, **job: Any) -> str:
             return client.submit_job(**job)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise SweepError(f"the cluster did not take the job: {error}") from None
+                raise SweepError(f"the cluster did not take the job: {redacted(str(error))}") from None
             time.sleep(1.0)
 
 

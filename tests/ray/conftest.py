@@ -1,6 +1,7 @@
 """One Ray head for all tests in this folder: a process of its own, as a user starts it."""
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -11,13 +12,25 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_head import SPEC, Head, free_port, penstock, wait_for_dashboard
+from ray_head import SPEC, Head, free_port, penstock, read_authentication_again, wait_for_dashboard
 
 
 @pytest.fixture(scope="session")
-def head(tmp_path_factory):
+def token():
+    """Ray asks for this token, in this process and in all that it starts, as on a cluster of penstock's launchers."""
+    fresh = secrets.token_hex(32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", fresh)
+        patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+        read_authentication_again()
+        yield fresh
+    read_authentication_again()
+
+
+@pytest.fixture(scope="session")
+def head(token, tmp_path_factory):
     """`ray start --head` with two CPUs on the loopback, stopped by its process group at the end."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     port = free_port(6400)
     dashboard = free_port(port + 1)
     agent = free_port(dashboard + 1)  # the default one belongs to whichever Ray came first on this machine

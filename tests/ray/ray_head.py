@@ -62,12 +62,21 @@ def free_port(start: int) -> int:
     raise RuntimeError("no free port")
 
 
+def read_authentication_again() -> None:
+    """Have the Ray of this process heed RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are now: it reads them when it is
+    imported, and other tests may have imported it before."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 def wait_for_dashboard(url: str, process: subprocess.Popen, log: Path) -> None:
     """Return once the head's job server answers."""
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/api/version", timeout=2):
+            with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)

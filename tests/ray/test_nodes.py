@@ -1,6 +1,5 @@
 """Several nodes on one machine, one of which is taken away."""
 
-import os
 import time
 import uuid
 
@@ -20,9 +19,8 @@ A, B = "blocks.1.hook_resid_post", "blocks.4.hook_resid_post"
 
 
 @pytest.fixture
-def nodes():
+def nodes(token):
     """A head without hosts and two nodes with room for one each: (cluster, the two nodes)."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     store = 150 * 2**20
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": store, "include_dashboard": False}

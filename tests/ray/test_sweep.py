@@ -193,4 +193,4 @@ def test_a_sweep_that_does_not_fit_says_so_at_once(head, write_spec, tmp_path):
 def test_no_cluster_at_the_address_is_one_clear_error(write_spec, tmp_path):
     done = penstock("submit", write_spec(), "--address", "http://127.0.0.1:9", home=tmp_path / "home")
     assert done.returncode == 2
-    assert "no Ray job server answers" in done.stderr and "Traceback" not in done.stderr
+    assert "no Ray dashboard answers" in done.stderr and "Traceback" not in done.stderr
