@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.errors import SweepError, UserError
 from penstock.front_table import JSON_KEYS, format_front, format_over_all, front_json
 from penstock.home import Home
+from penstock.redaction import redacted
 from penstock.text import figure, text_table
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _ADDRESS_SECONDS = 10
 _UI_START_SECONDS = 90
 _UI_STOP_SECONDS = 5
 _UI_VIEWS = 5
+# What a request's Host may be, whatever the environment says: any other is a page's that points a name of its own here.
+_LOOPBACK_HOSTS = "127.0.0.1,127.0.0.1:*,localhost,localhost:*"
 # By which a folder of an SAE is known from a sweep's name, in any format.
 _SAE_FILES = ("cfg.json", "config.json", "params.npz", "hyperparams.json")
 
@@ -47,13 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"penstock: {error}", file=sys.stderr)
+        print(f"penstock: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `penstock front | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:  # a fault of ours, and libraries put addresses with passwords into their messages
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -669,10 +676,13 @@ def _size(n_bytes: int) -> str:
 @contextlib.contextmanager
 def _mlflow_server(home: Home, port: int, log: Any) -> Iterator[subprocess.Popen[bytes]]:
     """`mlflow server` on this machine only, in a process group of its own that ends with the block."""
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {
+        **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_BACKEND_STORE_URI": home.tracking_uri,  # it may hold a password, and a command line is for all to see
+    }  # fmt: skip
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", home.tracking_uri, "--artifacts-destination", str(home.path / "artifacts"),
+        "--artifacts-destination", str(home.path / "artifacts"), "--allowed-hosts", _LOOPBACK_HOSTS,
     ]  # fmt: skip
     server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:

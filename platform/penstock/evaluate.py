@@ -24,6 +24,7 @@ from penstock.evaluation import Evaluation, evaluation_of, on_hosts
 from penstock.home import Home
 from penstock.models import ModelDescription, check_context_size, describe_model
 from penstock.plan import absolute
+from penstock.redaction import redacted
 from penstock.resolved import ResolvedSweep, protocol_of, published_file
 from penstock.results import baseline_table, sae_table
 from penstock.session import Session, this_machine
@@ -69,7 +70,7 @@ class Asked:
 
 def say(message: str) -> None:
     """On stderr: what a command prints may be JSON."""
-    print(message, file=sys.stderr, flush=True)
+    print(redacted(message), file=sys.stderr, flush=True)
 
 
 def evaluate_sweep(home: Home, name: str, asked: Asked, address: str | None = None) -> Evaluated:

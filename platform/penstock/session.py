@@ -12,6 +12,7 @@ from penstock.home import Home
 from penstock.models import describe_model
 from penstock.placement import Cluster, Node
 from penstock.plan import PlannedPack, memory_of_block, read_sweep
+from penstock.redaction import redacted
 from penstock.resolved import ResolvedSweep
 from penstock.spec import SweepSpec
 from penstock.storage import Storage
@@ -46,7 +47,7 @@ class Session:
         self._store_bytes = 0
 
     def say(self, message: str) -> None:
-        print(f"[{time.time() - self._started:6.1f} s] {message}", flush=True)
+        print(redacted(f"[{time.time() - self._started:6.1f} s] {message}"), flush=True)
 
     def join(self, address: str | None) -> None:
         """Join the cluster, or start a local Ray, boot the model hosts and fill the token store."""

@@ -34,6 +34,7 @@ import yaml
 from penstock.errors import SweepError
 from penstock.home import Home
 from penstock.pareto import key_of, mark_front
+from penstock.redaction import redacted
 from penstock.text import number
 
 if TYPE_CHECKING:
@@ -701,7 +702,7 @@ def reported(home: Home) -> Iterator[None]:
     except (MlflowException, SQLAlchemyError) as error:
         message = str(error).strip().splitlines()
         reason = message[0] if message else repr(error)
-        raise SweepError(f"MLflow at {home.tracking_uri} cannot be used: {reason}") from error
+        raise SweepError(redacted(f"MLflow at {home.tracking_uri} cannot be used: {reason}")) from error
 
 
 def _ensure_database(home: Home) -> None:
