@@ -151,6 +151,7 @@ class DriverMeters:
 
     def __init__(self, sweep_id: str) -> None:
         self._tagged = tagged = _Tagged(sweep_id)
+        self._info = tagged.gauge("sweep_info", "1 for each sweep that runs, with its name", "name")
         self._reported = tagged.gauge("driver_report_timestamp_seconds", "when the driver reported last, in Unix time")
         self._ended = tagged.gauge("driver_end_timestamp_seconds", "when the driver ended by itself, in Unix time")
         self._started = tagged.gauge("driver_start_timestamp_seconds", "when the driver started, in Unix time")
@@ -167,7 +168,7 @@ class DriverMeters:
         )
         self._slots = tagged.gauge("pack_slots", "packs that the sweep may run at once: its share of the cluster")
         self._sweeps = tagged.gauge("sweeps_sharing", "sweeps that share the cluster's packs, this one included")
-        self._failures = tagged.counter("failures", "failures that the driver has dealt with")
+        self._failures = tagged.counter("failures", "failures that the driver has noted; `penstock status` lists them")
         self._explained: dict[str, tuple[float, float]] = {}  # SAE -> tokens, explained variance
 
     def heed(self, event: Mapping[str, Any]) -> None:
@@ -179,6 +180,7 @@ class DriverMeters:
 
     def update(self, report: Mapping[str, Any], now: float) -> None:
         """Show a report, made at the Unix time `now`; to be called every few seconds: see the top of the file."""
+        self._info.set(1.0, {"name": report["name"]})
         self._reported.set(now)
         self._started.set(report["started"])
         for phase in PHASES:
