@@ -126,11 +126,16 @@ class Pruner:
                 raise getattr(error, "cause", error) from None
 
 
-def add_saes(sweep: ResolvedSweep, hosts: Sequence[Any], say: Callable[[str], None]) -> None:
+def add_saes(
+    sweep: ResolvedSweep,
+    hosts: Sequence[Any],
+    say: Callable[[str], None],
+    check: Callable[[float], None] = lambda share: None,
+) -> None:
     """Decide which SAEs are to be added where the front has gaps, by figures of the search split, and write it into the
-    journal."""
+    journal. `check` ends it by raising."""
     trained = [sae for sae in sweep.saes if sae.baseline is None and sweep.is_finished(sae)]
-    evaluate_on_hosts(sweep, hosts, say, split="search", saes=trained)
+    evaluate_on_hosts(sweep, hosts, say, split="search", saes=trained, check=check)
     known = {sae.sae_id for sae in sweep.saes}
 
     def refused(proposal: Proposal) -> bool:

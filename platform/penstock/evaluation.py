@@ -246,10 +246,11 @@ def evaluate_on_hosts(
     say: Say,
     split: Split = "report",
     saes: Iterable[PlannedSAE] | None = None,
+    check: Callable[[float], None] = lambda share: None,
 ) -> int:
     """Evaluate what of a sweep has no figures yet on a split (see `evaluation_of`). Returns the tokens that went
-    through SAEs. Raises `SweepError` when the hosts keep dying."""
-    return on_hosts(evaluation_of(sweep, split, saes), hosts, say)
+    through SAEs. Raises `SweepError` when the hosts keep dying. `check` ends it by raising."""
+    return on_hosts(evaluation_of(sweep, split, saes), hosts, say, check)
 
 
 def figures_of(sweep: ResolvedSweep, subject: Subject, site: Site, split: Split = "report") -> dict[str, float]:
@@ -265,7 +266,9 @@ def rows_of(sweep: ResolvedSweep, split: Split = "report") -> pd.DataFrame:
 # ---- doing it -------------------------------------------------------------------------------------------------------
 
 
-def on_hosts(evaluation: Evaluation, hosts: Sequence[Any], say: Say) -> int:
+def on_hosts(
+    evaluation: Evaluation, hosts: Sequence[Any], say: Say, check: Callable[[float], None] = lambda share: None
+) -> int:
     """Evaluate what is left on model hosts (Ray actors), and write the figures. Returns the tokens that went through
     SAEs. A host that dies is given its slice again. Raises `SweepError` when they keep dying."""
     todo, tokens = evaluation.left(), 0
@@ -278,7 +281,7 @@ def on_hosts(evaluation: Evaluation, hosts: Sequence[Any], say: Say) -> int:
         rows, work = (part.start_row, part.stop_row), part.work
         return host.evaluate.remote(evaluation.store.id, work.site, work.subjects, evaluation.split, *rows, mean)
 
-    for part, sums in over_hosts(todo, hosts, ask, say, "evaluating"):
+    for part, sums in over_hosts(todo, hosts, ask, say, "evaluating", check):
         tokens += evaluation.add(part, sums)
     return tokens
 

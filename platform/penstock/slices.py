@@ -15,13 +15,14 @@ Slice = TypeVar("Slice")
 
 def over_hosts(
     slices: Sequence[Slice], hosts: Sequence[Any], ask: Callable[[Any, Slice], Any], say: Callable[[str], None],
-    what: str,
+    what: str, check: Callable[[float], None] = lambda share: None,
 ) -> Iterator[tuple[Slice, Any]]:  # fmt: skip
     """Each slice with its result, in the order in which they are done. `ask(host, slice)` gives a reference to a
     result; it is called when the host has nothing else to do, after the results before were taken in.
 
     The slice of a host that dies goes to another one; the host is waited for while it is restarted. Raises `SweepError`
-    when a slice has been lost three times, or no host is left; `what` names the work.
+    when a slice has been lost three times, or no host is left; `what` names the work. `check` is called about once a
+    second with the share that is done, and ends it by raising.
     """
     import ray
 
@@ -30,6 +31,7 @@ def over_hosts(
     asked: dict[Any, tuple[Any, int | None]] = {}  # the host and the slice; None: whether it is up again
     reason = ""
     while done < len(slices):
+        check(done / len(slices))
         while todo and idle:
             host, number = idle.pop(), todo.pop(0)
             asked[ask(host, slices[number])] = host, number
