@@ -148,6 +148,7 @@ class StreamConfig:
     cursors: Mapping[str, int]
     lease_seconds: float
     code: str
+    demand: Mapping[str, Any] | None = None  # what the sweep wants of the cluster, see `shares.Demand`
 
 
 class _RayHost:
@@ -187,6 +188,7 @@ class StreamActor:
     def __init__(self, config: StreamConfig) -> None:
         check_code(config.code)
         self._config = config
+        self._demand = config.demand
         self._incarnation = time.time_ns()
         arrays = sorted({name for wave in config.waves for names in wave.values() for name in names})
         spool, blocks = config.source.spool, config.n_blocks
@@ -248,6 +250,16 @@ class StreamActor:
 
     async def halted(self, pack_id: str, run: int) -> str | None:
         return self._stream.halted(pack_id, run)
+
+    async def postpone(self, packs: Sequence[str]) -> None:
+        await self._stream.postpone(packs)
+
+    async def set_demand(self, demand: Mapping[str, Any]) -> None:
+        self._demand = demand
+
+    async def demand(self) -> Mapping[str, Any] | None:
+        """What the sweep wants of the cluster: for the drivers of other sweeps."""
+        return self._demand
 
     async def collect(self) -> dict[str, Any]:
         return {"incarnation": self._incarnation, **await self._stream.collect()}

@@ -171,6 +171,15 @@ def describe_cluster() -> tuple[Cluster, int]:
     return Cluster(nodes), int(min((size for size in stores if size), default=2**30))
 
 
+def free_nodes() -> list[Node]:
+    """The alive nodes with what of them nobody uses."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    available = available_resources_per_node()
+    return [Node(available.get(node["NodeID"], {}), node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
 def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Results in order, made by Ray tasks; so many in flight as the cluster has CPUs."""
     import ray

@@ -25,6 +25,8 @@ class Fleet:
         self.cost: dict[str, float] = {}
         self._spec, self._storage, self._say = spec, storage, say
         self._leaving: dict[str, Any] = {}
+        self._at_most: int | None = None
+        self.wanted = 0
         self._told = False  # whether the stream knows of the hosts as they are
         self.incarnation: int | None = None  # of the stream, as far as it has been heard of
         self._before_restart: dict[str, float] = {}
@@ -39,9 +41,20 @@ class Fleet:
 
     def scale(self, n_hosts: int) -> None:
         """Have so many model hosts: new ones join when they have loaded the model, others leave after the block at
-        hand."""
+        hand. There are fewer where they are limited."""
+        self.wanted = n_hosts
+        self._fit()
+
+    def limit(self, at_most: int | None) -> None:
+        """Have no more model hosts than this, however many are wanted; None: as many as are wanted."""
+        if at_most != self._at_most:
+            self._at_most = at_most
+            self._fit()
+
+    def _fit(self) -> None:
         from penstock.actors import NAMESPACE, HostActor, HostConfig
 
+        n_hosts = self.wanted if self._at_most is None else min(self.wanted, self._at_most)
         resources = self._spec.resources
         config = HostConfig(self._spec.model, self._spec.data, self._storage, resources.host_threads, code_hash())
         options = {

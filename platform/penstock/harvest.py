@@ -9,6 +9,7 @@ from penstock.home import Home
 from penstock.identity import code_hash
 from penstock.plan import arrays_of, plan_packs
 from penstock.session import Session
+from penstock.sharing import Sharing
 
 CONSUMER = "harvest"
 STATUS_SECONDS = 10.0
@@ -38,8 +39,9 @@ def _fill(session: Session) -> int:
     n_blocks = sweep.schedule.n_blocks
     before = spool.count_whole(arrays, n_blocks)
     session.say(f"{before} of {n_blocks} blocks of {', '.join(arrays)} are in {spool.spool.place} already")
+    name = f"{CONSUMER}-{sweep.stream_id}"
     config = StreamConfig(
-        name=f"{CONSUMER}-{sweep.stream_id}",
+        name=name,
         source=Source(sweep.store.id, sweep.calibration_folder, spool),
         n_blocks=n_blocks,
         window=session.window(packs),
@@ -47,6 +49,7 @@ def _fill(session: Session) -> int:
         cursors={},
         lease_seconds=sweep.spec.resources.lease_seconds,
         code=code_hash(),
+        demand=Sharing(sweep.spec, time.time(), session.fleet, session.say).demand(name, packs=0),
     )
     session.fleet.start_stream(config)
     consumer = _Consumer(session.fleet.stream, arrays, n_blocks)

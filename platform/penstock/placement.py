@@ -223,12 +223,24 @@ class Room:
     def __post_init__(self) -> None:
         self.free = [_Free(node) for node in (self.cluster.nodes if self.available is None else self.available)]
 
+    def take_all(self, *requests: Request) -> bool:
+        """Place all of the requests, or none."""
+        before = [(one, dict(one.left), list(one.devices)) for one in self.free]
+        others = [*requests[1:], None]
+        if all(self.take(request, other) for request, other in zip(requests, others, strict=False)):
+            return True
+        for one, left, devices in before:
+            one.left, one.devices = left, devices
+        del self.added[len(self.added) - (len(self.free) - len(before)) :], self.free[len(before) :]
+        return False
+
     def take(self, request: Request, sparing: Request | None = None) -> bool:
         """Place a request; where there is a choice, on a node where another request does not fit anyway."""
         def rank(one: _Free) -> tuple[bool, bool]:
             return bool(sparing and one.times(sparing)), bool(one.devices) and not request.resources.get("GPU")
 
-        for one in sorted(self.free, key=rank):  # Ray too keeps what needs no GPU off nodes that have some
+        fitting = [one for one in self.free if one.times(request)]
+        for one in sorted(fitting, key=rank):  # Ray too keeps what needs no GPU off nodes that have some
             if one.take(request):
                 return True
         kinds = [kind for kind in self._addable() if _Free(kind.node).times(request)]
@@ -236,6 +248,12 @@ class Room:
             return False
         kind = min(kinds, key=lambda kind: rank(_Free(kind.node)))
         return self._add(kind).take(request)
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a request could be placed."""
+        return any(one.times(request) for one in self.free) or any(
+            _Free(kind.node).times(request) for kind in self._addable()
+        )
 
     def count(self, request: Request) -> int:
         """How often a request fits into what is left, at most `MOST_SLOTS` times; nothing is taken of nodes that are

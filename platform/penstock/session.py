@@ -30,10 +30,11 @@ def this_machine() -> Cluster:
 
 class Session:
     """A spec (a file's path, or one that has been read), and the cluster it runs on. `sweep` and `slots` (how many
-    packs run at once) are there once `join` is done."""
+    packs run at once) are there once `join` is done; alone on the cluster it would run `most_slots`."""
 
     sweep: ResolvedSweep
     slots: int
+    most_slots: int
 
     def __init__(self, spec: str | Path | SweepSpec, home: Home) -> None:
         self._started = time.time()
@@ -61,12 +62,14 @@ class Session:
             # A local Ray takes seconds to start in processes of its own; the tokens are read meanwhile.
             store = beside.submit(self._build_store) if local else None
             self._own_ray = connect(address)
+            self._connected()
             cluster, self._store_bytes = describe_cluster()
             if not local and len(cluster.nodes) > 1:
                 self._refuse_local_paths()
-            self.slots = cluster.pack_slots(self.spec.resources)
+            self.most_slots = self.slots = cluster.pack_slots(self.spec.resources)
+            self._make_room()
             self.fleet.scale(self.spec.resources.model_hosts)
-            self.say(f"{len(self.fleet.hosts)} model host(s) booting")
+            self._say_hosts(cluster)
             built = store.result() if store else self._build_store(parallel_map=map_on_cluster)
         self.sweep = ResolvedSweep(self.spec, self.model, built, self.storage, self.home)
 
@@ -82,6 +85,16 @@ class Session:
 
             self.fleet.close()
             ray.shutdown()
+
+    def _connected(self) -> None:
+        """As soon as Ray is there."""
+
+    def _make_room(self) -> None:
+        """Before the first model host is asked for."""
+
+    def _say_hosts(self, cluster: Cluster) -> None:
+        hosts = f"{len(self.fleet.hosts)} model host(s)" if self.fleet.hosts else "no model host yet"
+        self.say(f"{hosts} booting" if self.fleet.hosts else hosts)
 
     def _build_store(self, **parallel: Any) -> TokenStore:
         return build_token_store(

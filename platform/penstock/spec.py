@@ -94,6 +94,7 @@ class ModelSpec(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     processing: Literal["none", "fold_ln", "center", "fold_ln_center"] = "none"
     harvest_rows: int = Field(32, gt=0, description="rows of a forward pass; halved when memory runs out")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
 
 
 class ExcludeSpec(_Section):
@@ -376,6 +377,8 @@ class ResourceSpec(_Section):
     packs_per_hook_point: int = Field(1, gt=0, description="at least so many; more where memory needs it")
     pack_memory_gb: float | None = Field(None, gt=0, description="memory of a pack's worker; 8 unless given")
     lease_seconds: float = Field(60.0, gt=0, description="without a step, until the others no longer wait for a pack")
+    yield_after_seconds: float = Field(180.0, ge=0, description="a pack runs so long before another sweep may have its "
+                                                                "place")  # fmt: skip
     gpu_hour_cost: float | None = Field(None, ge=0, description="currency units a GPU hour, for the plan's estimate")
 
 

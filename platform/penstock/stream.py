@@ -164,6 +164,11 @@ class Stream:
 
     # ---- the driver ----
 
+    async def postpone(self, packs: Collection[str]) -> None:
+        """These packs do not start now: nobody waits for them."""
+        self.state.postpone(packs)
+        await self._notify()
+
     async def halt(self, packs: Collection[str] | None, why: str) -> None:
         """Have these packs save and end as they stand, and say why; all there are and all to come where None is given.
         An order to one pack is to the run of it that is attached: when it is started again it goes on."""

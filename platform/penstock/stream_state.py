@@ -209,6 +209,14 @@ class StreamState:
             if any(lowest[name] == was for name in member.arrays):
                 self._update(member.cohort)
 
+    def postpone(self, packs: Iterable[str]) -> None:
+        """Wait for these packs no longer, where their wave has begun without them: they come later."""
+        for pack_id in packs:
+            member = self.members.get(pack_id)
+            if member is not None and member.status == "expected" and member.cohort in self._opened:
+                member.status = "gone"
+                self._update(member.cohort)
+
     def expire(self, now: float) -> list[str]:
         """End the leases of members that hang, and the wait for members that never came. Their pack ids."""
         expired = []

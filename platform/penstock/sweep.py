@@ -43,6 +43,7 @@ from penstock.plan import (
 )
 from penstock.resolved import ResolvedSweep
 from penstock.session import Session, this_machine
+from penstock.sharing import Sharing
 from penstock.spec import SweepSpec
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
@@ -115,6 +116,8 @@ class Driver(Session):
         self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
+        self._trials: Trials | None = None
+        self._sharing = Sharing(self.spec, self._started, self.fleet, self.say)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -165,6 +168,10 @@ class Driver(Session):
         super().close()
 
     # ---- before training ----
+
+    def _make_room(self) -> None:
+        if not self._own_ray:
+            self.slots = self._sharing.begin(self.slots)
 
     def _prepare(self, address: str | None) -> None:
         self.join(address)
@@ -266,7 +273,8 @@ class Driver(Session):
         self._pruner.begin(self.packs, self.slots)
         jobs = {pack.pack_id: self._job(pack) for pack in self.packs}
         name = f"{self.sweep.sweep_id}-{self._fence.token[:8]}-{len(self.sweep.added)}"
-        self._follow(Trials(jobs, self.fleet.stream, min(self.slots, max(1, len(jobs))), self.storage, name))
+        at_once = min(self.most_slots, max(1, len(jobs)))
+        self._follow(Trials(jobs, self.fleet.stream, at_once, self.storage, name, at_most=self.slots))
 
     def _add_saes(self) -> None:
         """Fill the front: what is added is the packs to train next."""
@@ -344,6 +352,7 @@ class Driver(Session):
             },
             lease_seconds=self.spec.resources.lease_seconds,
             code=code_hash(),
+            demand=self._sharing.demand(self.sweep.sweep_id, len(self.packs)),
         )
 
     def _check_resumable(self) -> None:
@@ -386,7 +395,7 @@ class Driver(Session):
 
     def _follow(self, trials: "Trials") -> None:
         """Pass on what the packs report until the last trial has ended. Raises what stopped the sweep."""
-        shown = time.time()
+        shown, self._trials = time.time(), trials
         while True:
             alive = trials.wait(0.5)
             self._collect()
@@ -395,6 +404,8 @@ class Driver(Session):
                 self._show_progress()
             if not alive:
                 break
+        self._trials = None
+        self._share(now=True)
         self._collect()
         trials.check()
         self._open_tracker()
@@ -405,6 +416,7 @@ class Driver(Session):
             return
         self._cost.update(self.fleet.cost)
         self._stream_status = found["status"]
+        self._share()
         self._heed()
         if found["fatal"]:
             raise SweepError(f"the sweep is given up: {found['fatal']}")
@@ -435,6 +447,10 @@ class Driver(Session):
             self._open_tracker()
         for sae_id, new in rows.items():
             self._mirror.log(sae_id, self._tracker.log_rows(sae_id, new))
+
+    def _share(self, now: bool = False) -> None:
+        if not self._own_ray:  # on which nobody else runs
+            self._sharing.look(self._trials, self._stream_status, now)
 
     def _heed(self) -> None:
         """Do what `penstock scale` has asked for. Raises when another driver has taken the sweep over."""
@@ -483,6 +499,7 @@ class Driver(Session):
             "packs": {pack.pack_id: [pack.hook_point, len(pack.saes)] for pack in self.packs},
             "sae_tokens_per_second": trained / max(1e-9, time.time() - self._started - (self._first_step or 0.0)),
             "cost": cost,
+            "share": self._sharing.report,
             "stream": self._stream_status,
         }
 

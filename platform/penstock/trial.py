@@ -7,6 +7,7 @@ worker needs travels pickled, and only the worker opens it.
 
 import contextlib
 import logging
+import math
 import pickle
 import threading
 import time
@@ -82,13 +83,14 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream:
             fence.check()
             _end_earlier_run(fence)
             fence.close_to_others()
-            unfinished = _run_worker_group(job, stream, fence)
+            unfinished = _run_worker_group(job, stream, fence, client)
         except FencedError as error:
             print(error, flush=True)
             return {}
         except Exception as error:  # the border of one pack
             fruitless = 0 if progress(job) > before else fruitless + 1
             client.log(f"its worker failed ({error}), {fruitless} time(s) without progress")
+            client.emit({**_death(job.pack_id, error), "detail": "".join(traceback.format_exception(error))})
             client.flush(PAUSE_SECONDS)
             if _ran_out_of_memory(error):
                 reason = "the node ran out of memory"
@@ -104,7 +106,7 @@ def run_pack(config: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], stream:
         return _give_up(job, stream, fence, unfinished.reason)
 
 
-def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> Unfinished | None:
+def _run_worker_group(job: TrialJob, stream: Any, fence: Fence, client: StreamClient) -> Unfinished | None:
     """A Ray Train run of one worker, to its end; why the pack's SAEs have not ended, where they have not. Raises what
     the worker died of, after it was started three times."""
     from ray import train
@@ -123,10 +125,33 @@ def _run_worker_group(job: TrialJob, stream: Any, fence: Fence) -> Unfinished | 
             storage_path=job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray",
             name=f"{job.pack_id}-{fence.run}",
             failure_config=train.FailureConfig(max_failures=2),
+            callbacks=[_told_of_deaths(client)],
         ),
     ).fit()
     file = _reason_file(fence)
     return Unfinished(**job.storage.read_json(file)) if job.storage.exists(file) else None
+
+
+def _told_of_deaths(client: StreamClient) -> Any:
+    """Has Ray Train tell the driver what a worker has died of that it starts again by itself."""
+    from ray.train import UserCallback
+
+    class Deaths(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                client.emit(_death(client.pack_id, error))
+            client.flush(PAUSE_SECONDS)
+
+    return Deaths()
+
+
+def _death(pack_id: str, error: Exception) -> dict[str, Any]:
+    """What the driver is told of a worker that died."""
+    inner = getattr(error, "worker_failures", None)
+    causes = list(inner.values()) if isinstance(inner, Mapping) else [error]
+    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()]
+    what = f"the worker of pack {pack_id} died ({lines[-1] if lines else type(causes[0]).__name__})"
+    return {"kind": "failure", "what": what, "done": "it is started again"}
 
 
 def _give_up(job: TrialJob, stream: Any, fence: Fence, reason: str) -> dict[str, Any]:
@@ -139,6 +164,8 @@ def _give_up(job: TrialJob, stream: Any, fence: Fence, reason: str) -> dict[str,
         client.emit({"kind": "stopped", "sae_id": left[0], "status": "failed", "reason": reason})
     elif left:
         client.log(f"{reason}; its {len(left)} SAEs go on in two packs")
+        what = f"pack {job.pack_id}: {reason.splitlines()[0]}"
+        client.emit({"kind": "failure", "what": what, "done": f"split: its {len(left)} SAEs go on in two packs"})
     client.close()
     return {"split": left} if len(left) > 1 else {}
 
@@ -208,10 +235,13 @@ def progress(job: TrialJob) -> tuple[int, ...]:
 class Trials:
     """The packs as Tune trials, in a thread of their own: Tune blocks until the last one has ended."""
 
-    def __init__(self, jobs: Mapping[str, Any], stream: Any, slots: int, storage: Storage, name: str) -> None:
+    def __init__(
+        self, jobs: Mapping[str, Any], stream: Any, slots: int, storage: Storage, name: str, at_most: float = math.inf
+    ) -> None:
         self._error: BaseException | None = None
         self._queue: Any = None
         self._stopping = False
+        self._at_most = at_most
         self._thread = threading.Thread(
             target=self._run, args=(jobs, stream, slots, storage, name), name="tune", daemon=True
         )
@@ -227,6 +257,33 @@ class Trials:
         self._stopping = True
         if self._queue is not None:
             self._queue.waiting.clear()
+
+    @property
+    def at_most(self) -> float:
+        """Packs that may run at once, of those that there is room for; more start when this grows, none ends when it
+        shrinks."""
+        return self._at_most
+
+    @at_most.setter
+    def at_most(self, packs: float) -> None:
+        self._at_most = packs
+        if self._queue is not None:
+            self._queue.at_most = packs
+
+    @property
+    def waiting(self) -> list[str]:
+        """Packs that have not started, or not again."""
+        return [] if self._queue is None else [name for name, _ in list(self._queue.waiting)]
+
+    @property
+    def left(self) -> int:
+        """Packs that have not ended."""
+        return 0 if self._queue is None else len(self._queue.waiting) + len(self._queue.running)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more packs start until one ends or more may run."""
+        return self._queue is not None and len(self._queue.running) >= self._at_most
 
     def check(self) -> None:
         """Raise what Tune itself died of; a trial's own failure is seen in its SAEs."""
@@ -250,6 +307,7 @@ class Trials:
                     pass
 
             self._queue = pack_queue([(name, job.sae_ids) for name, job in jobs.items()])
+            self._queue.at_most = self._at_most
             if self._stopping:
                 return
             trainable = tune.with_resources(
@@ -285,14 +343,17 @@ def pack_queue(packs: Iterable[tuple[str, tuple[str, ...]]]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.waiting = deque(packs)
+            self.at_most = math.inf
             self.running: dict[str, tuple[str, tuple[str, ...]]] = {}  # trial -> name of its job, its SAEs
 
         def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
             return True
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-            if not self.waiting:
-                return None if self.running else Searcher.FINISHED
+            if not self.waiting and not self.running:
+                return Searcher.FINISHED
+            if not self.waiting or len(self.running) >= self.at_most:
+                return None
             name, sae_ids = self.running[trial_id] = self.waiting.popleft()
             return {"pack": name, "saes": sae_ids}
 
