@@ -75,11 +75,14 @@ class Home:
         Storage(self.path).check_writable("the home (--home, PENSTOCK_HOME)")
 
     def check_tracking(self) -> None:
-        """Raise `SweepError` when no MLflow answers where sweeps are tracked. MLflow itself would try for minutes."""
+        """Raise `SweepError` when no MLflow answers where sweeps are tracked, for which MLflow itself would try for
+        minutes, or when it does not let this user in."""
         uri = self.tracking_uri
         problem = None
         if uri.startswith(("http://", "https://")):
-            problem = _unanswered(uri)
+            from penstock.mlflow_access import not_admitted
+
+            problem = _unanswered(uri) or not_admitted(uri)
         elif uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///"))
             problem = "it is a folder; a database is a file" if path.is_dir() else None
@@ -121,7 +124,7 @@ def _unanswered(uri: str) -> str | None:
 
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
-    except urllib.error.HTTPError:  # something answers; whether it lets us in is for MLflow to find out
+    except urllib.error.HTTPError:  # something answers
         return None
     except urllib.error.URLError as error:  # MLflow may know certificates that Python does not
         return None if isinstance(error.reason, ssl.SSLError) else f"no MLflow server answers there ({error.reason})"

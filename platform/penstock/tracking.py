@@ -33,6 +33,7 @@ import yaml
 
 from penstock.errors import SweepError
 from penstock.home import Home
+from penstock.mlflow_access import refusal
 from penstock.pareto import key_of, mark_front
 from penstock.redaction import redacted
 from penstock.text import number
@@ -123,7 +124,7 @@ class Tracker:
         A parameter keeps the first value it was given, as MLflow demands; `spec.yaml` is always the latest. SAEs that
         finished or diverged stay ended; the others wait as `queued`. Raises `SweepError` when MLflow cannot be used.
         """
-        with reported(self._home):
+        with reported(self._home, f"the sweep {self._name!r}"):
             _ensure_database(self._home)
             self._client = connect(self._home)
             self._experiment_id = experiment = self._experiment()
@@ -351,13 +352,14 @@ class Tracker:
         self._write(self._parent, metrics=spent, tags={"status": status, LOGGED_TABLES: json.dumps(tables)})
         self._client.set_terminated(self._parent, _RUN_STATUS[status])
 
-    def interrupt(self, reason: str) -> None:
-        """End what has not ended, as killed and with the reason: the sweep was stopped, and may go on another time."""
+    def interrupt(self, reason: str, status: str = "interrupted") -> None:
+        """End what has not ended, as killed and with the reason: the sweep was `interrupted`, or `stopped` by somebody,
+        and may go on another time."""
         for sae_id, run_id in self._runs.items():
             if sae_id not in self._ended:
-                self._write(run_id, tags={"status": "interrupted"})
+                self._write(run_id, tags={"status": status})
                 self._client.set_terminated(run_id, "KILLED")
-        self._write(self._parent, tags={"status": "interrupted", "reason": reason})
+        self._write(self._parent, tags={"status": status, "reason": redacted(reason)})
         self._client.set_terminated(self._parent, "KILLED")
 
     def _log_verdicts(self, front: pd.DataFrame) -> None:
@@ -684,6 +686,8 @@ def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A server with S3 behind it would send its clients there, by addresses that only the server may be able to reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     import mlflow  # noqa: F401 -- it sets its loggers' levels when it is imported
 
     for name in ("mlflow.store.db", "alembic"):
@@ -691,17 +695,18 @@ def _quiet_mlflow() -> None:
 
 
 @contextlib.contextmanager
-def reported(home: Home) -> Iterator[None]:
-    """MLflow's own complaints as one line for the user."""
+def reported(home: Home, what: str = "it") -> Iterator[None]:
+    """MLflow's own complaints as one line for the user. `what` is what is read or written."""
     _quiet_mlflow()
     from mlflow.exceptions import MlflowException
+    from requests.exceptions import HTTPError
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, HTTPError, SQLAlchemyError) as error:
         message = str(error).strip().splitlines()
-        reason = message[0] if message else repr(error)
+        reason = refusal(home.tracking_uri, str(error), what) or (message[0] if message else repr(error))
         raise SweepError(redacted(f"MLflow at {home.tracking_uri} cannot be used: {reason}")) from error
 
 
