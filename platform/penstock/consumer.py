@@ -30,7 +30,7 @@ class StreamClient:
         self, stream: Any, pack_id: str, arrays: Sequence[str], run: int, spool: SpooledStream | None = None
     ) -> None:
         self._stream = stream
-        self._pack_id = pack_id
+        self.pack_id = self._pack_id = pack_id
         self._arrays = tuple(arrays)
         self._run = run
         self._spool = spool
@@ -70,7 +70,7 @@ class StreamClient:
 
     def emit(self, event: dict[str, Any]) -> None:
         """Tell the driver something; sent with the next sign of life."""
-        self._events.append(event)
+        self._events.append({"pack_id": self._pack_id, **event})
 
     def log(self, message: str) -> None:
         """Say something where the user sees it."""

@@ -119,13 +119,13 @@ class Pulse:
     def __init__(self, storage: Storage, file: str, standing: Callable[[], dict[str, Any]]) -> None:
         self._storage, self._file, self._standing = storage, file, standing
         self._stopped = threading.Event()
-        self._last = "ended"
+        self.last = "ended"
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
     def stop(self, phase: str = "ended") -> None:
         """Write a last time, with what the sweep has come to as its phase."""
-        self._last = phase
+        self.last = phase
         self._stopped.set()
         self._thread.join()
 
@@ -135,4 +135,4 @@ class Pulse:
                 self._storage.write_json(self._file, {"time": time.time(), **self._standing()})
             self._stopped.wait(BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            self._storage.write_json(self._file, {"time": time.time(), **self._standing(), "phase": self._last})
+            self._storage.write_json(self._file, {"time": time.time(), **self._standing(), "phase": self.last})

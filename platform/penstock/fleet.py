@@ -29,6 +29,7 @@ class Fleet:
         self.wanted = 0
         self._told = False  # whether the stream knows of the hosts as they are
         self.incarnation: int | None = None  # of the stream, as far as it has been heard of
+        self.restarts = 0  # of the stream
         self._before_restart: dict[str, float] = {}
         self._states: dict[str, str] = {}  # of the hosts, as the stream has told
 
@@ -99,6 +100,7 @@ class Fleet:
                 if self.incarnation is not None:
                     self._say("the stream was restarted; packs attach again and go on where they stand")
                     self._before_restart = dict(self.cost)
+                    self.restarts += 1
                 self.incarnation, self._told = found["incarnation"], False
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None

@@ -213,6 +213,9 @@ class Pack:
                         f"written to {self._storage.uri} ({reason_of(error)}); training goes on, and the last whole "
                         "one stays"
                     )
+                    what = f"SAE {slot.member.sae_id}: its checkpoint could not be written ({reason_of(error)})"
+                    done = "training goes on, the last whole one stays"
+                    self._emit({"kind": "failure", "sae_id": slot.member.sae_id, "what": what, "done": done})
         self._emit({"kind": "saved", "saes": saved})
         return saved
 
@@ -254,7 +257,8 @@ class Pack:
             return
         if isinstance(outcome, Exception):
             traceback.print_exception(outcome)
-            self._stop(slot, "failed", f"{type(outcome).__name__}: {outcome}")
+            detail = "".join(traceback.format_exception(outcome))
+            self._stop(slot, "failed", f"{type(outcome).__name__}: {outcome}", detail)
             return
         if slot.trainer.diverged:
             self._stop_diverged(slot)
@@ -277,7 +281,9 @@ class Pack:
             trainer.micro_batch_tokens = micro_batch // 2
             if x.is_cuda:
                 torch.cuda.empty_cache()
-            self._log(f"out of memory: train.micro_batch_tokens halved to {micro_batch // 2}, the step is made again")
+            done = f"train.micro_batch_tokens halved to {micro_batch // 2}, the step is made again"
+            self._log(f"out of memory: {done}")
+            self._emit({"kind": "failure", "what": "a step ran out of memory", "done": done})
 
     def _stop_if_diverged(self, slot: _Slot) -> bool:
         if slot.trainer.diverged:
@@ -288,13 +294,14 @@ class Pack:
         reason = f"the loss left every bound by step {slot.trainer.steps_done}; a lower lr may help"
         self._stop(slot, "diverged", reason)
 
-    def _stop(self, slot: _Slot, status: str, reason: str) -> None:
+    def _stop(self, slot: _Slot, status: str, reason: str, detail: str | None = None) -> None:
         slot.reason = reason
         self._guard()
         record = {"status": status, "reason": reason, "step": slot.trainer.steps_done, "history": slot.history}
         self._storage.write_json(f"{slot.folder}/stopped.json", record)
         self._log(f"SAE {slot.member.sae_id} {status}: {reason}; the rest of its pack goes on")
-        self._emit({"kind": "stopped", "sae_id": slot.member.sae_id, "status": status, "reason": reason})
+        about = {"sae_id": slot.member.sae_id, "status": status, "reason": reason}
+        self._emit({"kind": "stopped", **about, **({"detail": detail} if detail else {})})
 
     def _save(self, slot: _Slot) -> None:
         folder = f"{slot.folder}/checkpoints"

@@ -206,6 +206,11 @@ class ResolvedSweep:
         ]
 
 
+def spec_file(sweep_id: str) -> str:
+    """The spec with every default written out."""
+    return f"sweeps/{sweep_id}/spec.yaml"
+
+
 def published_file(sweep_id: str) -> str:
     return f"sweeps/{sweep_id}/published.json"
 

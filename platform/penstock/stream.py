@@ -80,6 +80,7 @@ class Stream:
         while True:
             for pack_id in self.state.expire(self._clock()):
                 self._log(f"pack {pack_id}: no step for too long; its lease ends, the others do not wait for it")
+                self._failed(f"pack {pack_id} made no step for too long", "the others do not wait for it", pack_id)
             while (work := self.state.next_work()) is not None:
                 self._start(self._make(work))
             async with self._changed:
@@ -122,6 +123,7 @@ class Stream:
         if self.state.forget(pack_id, block, arrays):
             self._cost["blocks_lost"] += 1
             self._log(f"block {block} is lost ({reason}); it is made again")
+            self._failed(f"block {block} is lost ({reason})", "it is made again")
             await self._notify()
 
     async def next_block(self, pack_id: str, block: int, run: int, timeout: float = 20.0) -> dict[str, Any] | None:
@@ -226,6 +228,10 @@ class Stream:
         print(message, flush=True)
         self._mail.append({"kind": "log", "message": message})
 
+    def _failed(self, what: str, done: str, pack_id: str | None = None) -> None:
+        """Something for the driver's list of failures."""
+        self._mail.append({"kind": "failure", "pack_id": pack_id, "what": what, "done": done})
+
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -249,6 +255,7 @@ class Stream:
             reason = f"no answer for {patience:.0f} s" if limit.expired() else last_line(error)
             self.state.failed(work, reason)
             self._log(f"host {work.host} lost block {work.block} ({type(error).__name__}: {reason}); it is made again")
+            self._failed(f"{work.host} lost block {work.block} ({reason})", "it is made again, the host starts again")
             await self._notify()
             await self._bring_back(work.host)
         else:
@@ -279,6 +286,7 @@ class Stream:
         except HostGoneError as error:
             self.broken[name] = last_line(error)
             self._log(f"host {name} is gone: {self.broken[name]}")
+            self._failed(f"{name} could not be built ({self.broken[name]})", "the sweep goes on without it")
             self._check_hosts()
         else:
             self.state.host_up(name)

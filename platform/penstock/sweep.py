@@ -4,6 +4,7 @@ It resolves the spec, fills the token store, creates the model hosts and the str
 the hosts evaluate what comes out, and is the only writer to MLflow.
 """
 
+import json
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import shlex
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.accounts import STARTING, Accounts, accounts_folder
 from penstock.batches import checkpoint_steps
+from penstock.chronicle import Chronicle
 from penstock.decisions import Pruner, add_saes
 from penstock.errors import SweepError, UserError
-from penstock.evaluation import evaluate_on_hosts
+from penstock.evaluation import bases, evaluate_on_hosts, evaluation_of
 from penstock.fence import BEAT_SECONDS, Fence, Pulse, claim, release
 from penstock.home import Home, remember
 from penstock.identity import code_hash
@@ -41,10 +44,12 @@ from penstock.plan import (
     warnings,
     waves,
 )
-from penstock.resolved import ResolvedSweep
+from penstock.redaction import redacted
+from penstock.resolved import ResolvedSweep, spec_file
 from penstock.session import Session, this_machine
 from penstock.sharing import Sharing
 from penstock.spec import SweepSpec
+from penstock.stopping import IDLE_SECONDS, SAVE_SECONDS, STOPPED_STATUS, StopOrder, SweepStopped
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
 
@@ -73,12 +78,17 @@ def plan_command(spec_path: str | Path, home: Home) -> str:
         return f"{_describe(sweep, packs, max(1, len(packs)))}\n{note}"
 
 
-def run(spec_path: str | Path, home: Home, address: str | None = None, *, allow_code_change: bool = False) -> int:
-    """`penstock run`: the whole sweep, from this process. Returns the exit status: 1 when an SAE failed.
-    `penstock.train` runs a `Driver` of its own."""
-    driver = Driver(spec_path, home, allow_code_change)
+def run(
+    spec: str | Path | SweepSpec, home: Home, address: str | None = None, *, allow_code_change: bool = False
+) -> int:
+    """`penstock run`: the whole sweep, from this process. Returns the exit status: 1 when an SAE failed, 3 when
+    somebody stopped it. `penstock.train` runs a `Driver` of its own."""
+    driver = Driver(spec, home, allow_code_change)
     try:
         return driver.run(address)
+    except SweepStopped as order:
+        print(order, flush=True)
+        return STOPPED_STATUS
     finally:
         driver.close()
 
@@ -100,6 +110,7 @@ class Driver(Session):
     """One sweep in one process."""
 
     def __init__(self, spec: str | Path | SweepSpec, home: Home, allow_code_change: bool) -> None:
+        self._chronicle = Chronicle()
         super().__init__(spec, home)
         self._mirror = Mirror(self.spec.tracking, home, self.spec.name, self.say)
         self._allow_code_change = allow_code_change
@@ -116,12 +127,21 @@ class Driver(Session):
         self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
+        self._order = StopOrder()
+        self._job_id: str | None = None  # of the Ray job that this is, where it was submitted
+        self._stream_restarts = 0
+        self._halted_at: float | None = None
+        self._halt_told: int | None = None  # the incarnation of the stream that knows
+        self._phase_began = self._started
+        self._evaluation_tokens = 0.0
+        self._outcome: dict[str, Any] = {}
         self._trials: Trials | None = None
         self._sharing = Sharing(self.spec, self._started, self.fleet, self.say)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        begun, self._phase_now = time.time(), name
+        begun = self._phase_began = time.time()
+        self._phase_now = name
         try:
             yield
         finally:
@@ -130,7 +150,13 @@ class Driver(Session):
 
     # ---- the whole ----
 
+    def say(self, message: str) -> None:
+        super().say(message)
+        self._chronicle.log.add(message)
+
     def run(self, address: str | None) -> int:
+        """The exit status: 1 when an SAE failed. Raises `SweepStopped` when the sweep was stopped."""
+        self._order.listen()
         with self._phase("start"):
             self._prepare(address)
         if self._is_complete():
@@ -148,16 +174,29 @@ class Driver(Session):
                     self._train()
             with self._phase("evaluate"):
                 self._evaluate()
-            return self._finish()
-        except BaseException as error:
+            status = self._finish()
+            self._outcome = {"status": "failed" if status else "finished", "exit_status": status}
+            return status
+        except SweepStopped as order:
+            self._outcome = {"status": "stopped", "exit_status": STOPPED_STATUS, "reason": str(order)}
             if self._tracker is not None:
-                self._tracker.interrupt(f"{type(error).__name__}: {error}")
+                self._tracker.interrupt(str(order), "stopped")
+            self._say_stopped()
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            self._outcome = {"status": "failed", "exit_status": 2, "reason": redacted(reason)}
+            self._chronicle.log.add(f"the sweep has failed: {reason}", detail=traceback.format_exc())
+            if self._tracker is not None:
+                self._tracker.interrupt(reason)
             raise
 
     def close(self) -> None:
         """Stop what this driver started."""
+        self._order.close()
         if self._pulse is not None:
-            self._pulse.stop()
+            self._pulse.stop("stopped" if self._outcome.get("status") == "stopped" else "ended")
+            self._chronicle.write({"time": time.time(), **self._standing(), "phase": self._pulse.last}, now=True)
         if self._accounts is not None:
             self._accounts.write(over=True)
         if self._meters is not None:
@@ -168,6 +207,12 @@ class Driver(Session):
         super().close()
 
     # ---- before training ----
+
+    def _connected(self) -> None:
+        self._order.listen()  # Ray has taken SIGTERM for its own
+        with suppress(ValueError, KeyError):
+            about = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+            self._job_id = about["metadata"]["job_submission_id"]
 
     def _make_room(self) -> None:
         if not self._own_ray:
@@ -232,11 +277,22 @@ class Driver(Session):
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
         self._accounts = self._open_accounts(self._fence)
         self._meters = DriverMeters(sweep.sweep_id)
+        self._order.watch(self.storage, sweep.sweep_id)
+        self._open_chronicle(self._fence)
         self._pulse = Pulse(self.storage, sweep.status_file, self._beat)
         remember(self.home, self.spec.name, sweep.sweep_id, self.storage)
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
         again = f", {resumed} of them from checkpoints" if resumed else ""
         self.say(f"sweep id {sweep.sweep_id}: {len(self.packs)} pack(s) starting{again}")
+
+    def _open_chronicle(self, fence: Fence) -> None:
+        """The log and the spec, kept with the sweep: what `penstock logs` shows, and `penstock resume` goes on with."""
+        attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self._started))}-{fence.token[:8]}"
+        self._chronicle.open(self.storage, self.sweep.sweep_id, attempt, self.packs)
+        self.storage.write(spec_file(self.sweep.sweep_id), self.sweep.yaml.encode())
+        context, n_rows = self.sweep.evaluated.context_size, evaluation_of(self.sweep).n_rows
+        sites = [2 + len(bases(self.sweep, site)) for site in self.spec.sites]
+        self._evaluation_tokens = float(n_rows * context * (len(self.left) + sum(sites)))
 
     def _open_accounts(self, fence: Fence) -> Accounts:
         resources = self.spec.resources
@@ -260,6 +316,7 @@ class Driver(Session):
     def _beat(self) -> dict[str, Any]:
         self._book()
         report = self._standing()
+        self._chronicle.write({"time": time.time(), **report})
         if self._meters is not None:
             self._meters.update(report, time.time())
         return report
@@ -278,11 +335,12 @@ class Driver(Session):
 
     def _add_saes(self) -> None:
         """Fill the front: what is added is the packs to train next."""
-        add_saes(self.sweep, self._hosts_up(), self.say)
+        add_saes(self.sweep, self._hosts_up(), self.say, self._check_evaluating)
         before = {sae.sae_id for sae in self.sweep.saes}
         self.sweep = replace(self.sweep)  # it has more SAEs now
         self.left = [sae for sae in self.sweep.left() if sae.sae_id not in before]
         self.packs = plan_packs(self.spec, self.left)
+        self._chronicle.add_packs(self.packs)
         if self._accounts is not None:
             self._accounts.add_saes({sae.sae_id: self._tracked(sae).title for sae in self.sweep.added})
         if self._tracker is not None:
@@ -402,20 +460,63 @@ class Driver(Session):
             if time.time() - shown > STATUS_SECONDS and self._tokens_at:
                 shown = time.time()
                 self._show_progress()
-            if not alive:
+            if not alive or self._has_halted(trials):
                 break
         self._trials = None
         self._share(now=True)
         self._collect()
+        self._order.check()
         trials.check()
         self._open_tracker()
+
+    def _has_halted(self, trials: "Trials") -> bool:
+        """Where the sweep was asked to stop, have every pack save and end; whether to wait for them no longer."""
+        from penstock.trial import STOP
+
+        if not self._order.look():
+            return False
+        if self._halted_at is None:
+            self._halted_at = time.time()
+            self.say(f"stopping ({self._order.reason})" + ("" if self._order.now else ": every pack saves and ends"))
+            trials.stop()
+        if self._order.now:
+            return True
+        if self._halt_told != self.fleet.incarnation and self.fleet.halt_packs(None, STOP):
+            self._halt_told = self.fleet.incarnation
+        live = [pack for pack in self._stream_status.get("packs", {}).values() if pack["status"] == "live"]
+        return time.time() - self._halted_at > (SAVE_SECONDS if live else IDLE_SECONDS)
+
+    def _say_stopped(self) -> None:
+        """What a stopped sweep leaves, and how it goes on."""
+        from penstock.trial import steps_reached
+
+        steps, journal = self.spec.train.steps, self.sweep.journal
+        left = [sae for sae in self.sweep.left() if sae in self.left]
+        at = [steps_reached(self.storage, sae.sae_id, steps, journal) for sae in left]
+        begun = [step for step in at if step]
+        done = len(self.sweep.saes) - len(left)
+        where = ""
+        if begun:
+            span = f"{min(begun):,}" if min(begun) == max(begun) else f"{min(begun):,} to {max(begun):,}"
+            where = f", {len(begun)} saved at step {span} of {steps:,}"
+        fresh = len(at) - len(begun)
+        self.say(
+            f"stopped: of {len(self.sweep.saes)} SAEs {done} done{where}"
+            + (f", {fresh} not begun" if fresh else "")
+            + ("" if left else "; what is left is to evaluate them")
+        )
+        self.say(f"go on with: penstock resume {self.spec.name} --home {self.home.path}")
 
     def _collect(self) -> None:
         found = self.fleet.collect()
         if found is None:
             return
         self._cost.update(self.fleet.cost)
+        if self.fleet.restarts > self._stream_restarts:
+            self._stream_restarts = self.fleet.restarts
+            self._chronicle.failures.note("the stream died", "it was started again; packs attach again")
         self._stream_status = found["status"]
+        self._chronicle.note(time.time(), self._stream_status, self._cost)
         self._share()
         self._heed()
         if found["fatal"]:
@@ -424,6 +525,7 @@ class Driver(Session):
         for event in found["mail"]:
             self._pruner.heed(event)
             self._meters.heed(event)
+            self._chronicle.heed(event)
             if event["kind"] == "metrics":
                 rows.setdefault(event["sae_id"], []).append(event)
                 self._tokens_at[event["sae_id"]] = event["tokens"]
@@ -499,6 +601,16 @@ class Driver(Session):
             "packs": {pack.pack_id: [pack.hook_point, len(pack.saes)] for pack in self.packs},
             "sae_tokens_per_second": trained / max(1e-9, time.time() - self._started - (self._first_step or 0.0)),
             "cost": cost,
+            "home": str(self.home.path),
+            "storage": self.storage.uri,
+            "job": self._job_id,
+            "stopping": self._order.asked,
+            "outcome": self._outcome,
+            **self._chronicle.report(
+                self._phase_now, time.time() - self._phase_began, self._stream_status, cost,
+                steps=self.spec.train.steps, batch_tokens=self.spec.train.batch_tokens, slots=self.slots,
+                ended=stopped, evaluation_tokens=self._evaluation_tokens,
+            ),
             "share": self._sharing.report,
             "stream": self._stream_status,
         }
@@ -521,7 +633,15 @@ class Driver(Session):
     # ---- the result ----
 
     def _evaluate(self) -> None:
-        self._cost["evaluated_tokens"] = evaluate_on_hosts(self.sweep, self._hosts_up(), self.say)
+        self._chronicle.evaluated = 0.0
+        self._cost["evaluated_tokens"] = evaluate_on_hosts(
+            self.sweep, self._hosts_up(), self.say, check=self._check_evaluating
+        )
+
+    def _check_evaluating(self, share: float) -> None:
+        """An evaluation is stopped at once: what it has no figures of yet is evaluated when the sweep goes on."""
+        self._chronicle.evaluated = share
+        self._order.check()
 
     def _hosts_up(self) -> list[Any]:
         """The hosts that answer: one that still waits for room, or could not be built, would keep its part of an
