@@ -322,7 +322,7 @@ class _Cache:
         try:
             state = json.loads((folder / _STATE).read_text())
             features = json.loads((folder / _INFO).read_text())["features"]
-            files = [folder / file["filename"] for file in state["_data_files"]]
+            files = [folder / _name_in_folder(file["filename"]) for file in state["_data_files"]]
             self.identity = [features, state["_fingerprint"], [os.path.getsize(file) for file in files]]
             # Stored as Arrow streams; mapped into memory, so that nothing is read but the rows that are asked for.
             tables = [pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files]
@@ -374,6 +374,12 @@ class _Rows:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         return np.stack([self[row] for row in rows]).astype(np.int32, copy=False)
+
+
+def _name_in_folder(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{_STATE} names {name!r}, which leads out of the folder")
+    return name
 
 
 def _flat(array: pa.Array, depth: int) -> np.ndarray:

@@ -3,6 +3,7 @@ otherwise, the token stores and checkpoints."""
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_HOME = "penstock-home"
 _DATABASES = ("postgresql", "mysql", "mssql")
 _ANSWER_SECONDS = 5
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a sweep, and its id
 _RAY_CACHES = ("working_dir_files", "py_modules_files")
 
 
@@ -108,12 +110,14 @@ def recall(home: Home, sweep: str) -> tuple["Storage", str]:
     from penstock.storage import Storage
 
     file = home.path / "sweeps" / f"{sweep}.json"
-    if not file.is_file():
+    if not _NAME.fullmatch(sweep) or not file.is_file():
         known = sorted({json.loads(path.read_text())["name"] for path in (home.path / "sweeps").glob("*.json")})
         raise SweepError(
             f"no sweep {sweep!r} was started from home {str(home.path)!r}; there is: {', '.join(known) or 'none'}"
         )
     record = json.loads(file.read_text())
+    if not _NAME.fullmatch(record["sweep_id"]):
+        raise SweepError(f"{file} is damaged: its sweep_id is {record['sweep_id']!r}")
     return Storage(record["storage"]), record["sweep_id"]
 
 

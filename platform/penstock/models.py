@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import math
+import pickle
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def describe_model(model: ModelSpec) -> ModelDescription:
         context_limit=getattr(text, "max_position_embeddings", None),
         vocab_size=vocab_size,
         n_parameters=_stored_parameters(headers) or _estimated_parameters(text),
-        fingerprint=_fingerprint(place, config),
+        fingerprint=_fingerprint(place, config, model.trust_remote_code),
         hook_points=hook_points,
     )
 
@@ -114,12 +115,17 @@ def _load_config(model: ModelSpec, place: Location) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(place.name, revision=place.revision, local_files_only=not may_download(place))
+        return AutoConfig.from_pretrained(
+            place.name, revision=place.revision, local_files_only=not may_download(place),
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
     except _LOAD_ERRORS as error:
         raise ModelError(_reason(model, place, error)) from None
 
 
 def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
+    if not model.trust_remote_code and "trust_remote_code" in str(error):
+        return wants_to_run_code(model)
     if place.is_local:
         return (f"model.name {model.name!r}: the folder is not a complete model in Hugging Face format (config.json, "
                 f"model.safetensors, tokenizer.json): {one_line(error)}")  # fmt: skip
@@ -129,6 +135,13 @@ def _reason(model: ModelSpec, place: Location, error: Exception) -> str:
     why = one_line(error) if may_download(place) else "it cannot be reached, and its cache here has no such model"
     return (f"model.name {model.name!r} is not a folder, and the hub does not give it{at}{hint}: {why}; accepted: "
             "`demo`, a folder, or the name of a model on the hub")  # fmt: skip
+
+
+def wants_to_run_code(model: ModelSpec) -> str:
+    """Why a model is refused that Python code of its own comes with."""
+    return (f"model.name {model.name!r} needs Python code that comes with it (auto_map in its config), and such code "
+            "is not run; accepted: a model that transformers knows by itself, or model.trust_remote_code: true, which "
+            "runs that code here and on every model host, with all that their processes may do")  # fmt: skip
 
 
 def may_download(place: Location) -> bool:
@@ -211,11 +224,13 @@ def _stored_parameters(headers: Sequence[dict[str, Any]]) -> int:
                if name != "__metadata__")  # fmt: skip
 
 
-def _fingerprint(place: Location, config: Any) -> str:
+def _fingerprint(place: Location, config: Any, trust_remote_code: bool) -> str:
     """What tells one set of weights from another: of a folder its config and the sizes, first and last megabyte of its
-    weight files; of a hub model its name and commit."""
+    weight files; of a hub model its name and commit. Where code that comes with a model may run it is another model:
+    of a folder, that code counts too."""
     if not place.is_local:
-        return f"{place.name}@{getattr(config, '_commit_hash', None) or place.revision or 'main'}"
+        commit = f"{place.name}@{getattr(config, '_commit_hash', None) or place.revision or 'main'}"
+        return f"{commit}+code" if trust_remote_code else commit
     digest = blake2b(digest_size=16)
     folder = Path(place.name)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -228,6 +243,9 @@ def _fingerprint(place: Location, config: Any) -> str:
             digest.update(stream.read(_FINGERPRINT_BYTES))
             stream.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(stream.read(_FINGERPRINT_BYTES))
+    if trust_remote_code:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -242,6 +260,8 @@ def check_weight_files(model: ModelSpec) -> None:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"model.name {model.name!r}: {index.name} is damaged: {one_line(error)}") from None
+    if foreign := sorted(name for name in named if Path(name).name != name):
+        raise ModelError(f"model.name {model.name!r}: {index.name} names {foreign[0]!r}, no file of the folder")
     if missing := sorted(name for name in named if not (folder / name).is_file()):
         raise ModelError(f"model.name {model.name!r}: the folder lacks {', '.join(missing[:5])}, which {index.name} "
                          "names")  # fmt: skip
@@ -301,10 +321,14 @@ def load_model(model: ModelSpec, device: str) -> "TransformerBridge":
     logging.disable_progress_bar()
     try:
         bridge = TransformerBridge.boot_transformers(
-            place.name, device=device, dtype=getattr(torch, model.dtype), revision=place.revision
-        )
+            place.name, device=device, dtype=getattr(torch, model.dtype), revision=place.revision,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise
+    except pickle.UnpicklingError:  # of torch.load by weights_only; its own message says how to run the code
+        raise ModelError(f"model.name {model.name!r}: its weights are a pickle with more than tensors in it, which "
+                         "could run any code and is not read; accepted: model.safetensors") from None  # fmt: skip
     except (*_LOAD_ERRORS, SafetensorError) as error:
         raise ModelError(_unsupported(model, error) or _reason(model, place, error)) from None
     finally:
@@ -344,12 +368,13 @@ def _check_complete(model: ModelSpec, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stored = _stored_parameters(_weight_headers(folder))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=model.trust_remote_code)
     if not stored or getattr(config, "quantization_config", None):
         return
     with torch.device("meta"):
         try:
-            described = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+            whole = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            described = sum(parameter.numel() for parameter in whole.parameters())
         except ValueError:  # an architecture of another kind, which the bridge may still know
             return
     if stored < described:

@@ -365,6 +365,11 @@ def warnings(spec: SweepSpec, saes: Sequence[PlannedSAE]) -> list[str]:
     coefficients = {getattr(sae.settings, "l1_coefficient", 1.0) for sae in saes}
     low = sorted(value for value in coefficients if value is not None and value < LOW_L1_COEFFICIENT)
     found = []
+    if spec.model.trust_remote_code:
+        found.append(
+            f"model.trust_remote_code is true: Python code that comes with {spec.model.name} runs here and on every "
+            "model host, with all that their processes may do"
+        )
     if low:
         d_in = saes[0].d_in
         found.append(

@@ -142,7 +142,9 @@ def pull(
         # The provenance first, so that the folder is known as ours, and cfg.json last, without which none loads: an
         # interrupted pull can be repeated, and never leaves one SAE's configuration beside another's weights.
         (folder / CONFIG).unlink(missing_ok=True)
-        (folder / PROVENANCE).write_text(json.dumps(choice.provenance, indent=1) + "\n", encoding="utf-8")
+        provenance = Path(temporary) / PROVENANCE
+        provenance.write_text(json.dumps(choice.provenance, indent=1) + "\n", encoding="utf-8")
+        os.replace(provenance, folder / PROVENANCE)  # never written through a link that somebody has put there
         names = {path.name for path in fetched.iterdir()} & (_OURS - {PROVENANCE})
         for stale in _OURS - names - {PROVENANCE}:
             (folder / stale).unlink(missing_ok=True)

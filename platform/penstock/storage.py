@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from penstock.errors import CheckpointError, SweepError
+from penstock.redaction import redacted
 from sae_core.errors import reason_of
 
 MANIFEST = "manifest.json"
@@ -37,7 +38,8 @@ class StoredFile:
 
 
 class Storage:
-    """Files below one root. Paths are relative to it, with `/`."""
+    """Files below one root. Names are relative to it, with `/`; one with `..` in it, which some file may hold that
+    somebody else has written, is refused with a `SweepError`."""
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
@@ -47,7 +49,7 @@ class Storage:
             else:
                 self._fs, self._root = pafs.LocalFileSystem(), os.path.abspath(self.uri)
         except (ValueError, OSError) as error:
-            raise SweepError(f"storage {self.uri!r} cannot be used: {error}") from None
+            raise SweepError(redacted(f"storage {self.uri!r} cannot be used: {error}")) from None
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,10 +57,13 @@ class Storage:
 
     def path(self, name: str) -> str:
         """The full path of a name: a plain path on a local disk."""
+        if ".." in name.split("/"):
+            raise SweepError(f"{name!r} leads out of storage {redacted(self.uri)!r}; accepted: a name in it")
         return f"{self._root}/{name}"
 
     def at(self, name: str) -> "Storage":
         """The same storage, rooted in a folder of it."""
+        self.path(name)
         return Storage(f"{self.uri.rstrip('/')}/{name}")
 
     def exists(self, name: str) -> bool:
@@ -214,6 +219,7 @@ class Storage:
         """The files of a committed folder, checked. Raises `CheckpointError` when one is missing or damaged."""
         try:
             sums = self.read_json(f"{folder}/{MANIFEST}")
+            self._check_manifest(folder, sums)
             files = {name: self.read(f"{folder}/{name}") for name in sums}
         except (OSError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{self.path(folder)} is not a complete checkpoint: {error}") from None
@@ -221,3 +227,18 @@ class Storage:
             if hashlib.blake2b(data, digest_size=16).hexdigest() != sums[name]:
                 raise CheckpointError(f"{self.path(folder)}/{name} is damaged: its checksum is not the manifest's")
         return files
+
+    def _check_manifest(self, folder: str, sums: Any) -> None:
+        """Raise `CheckpointError` for a manifest, or a link, that would have a file outside the folder read as one of
+        its own."""
+        where = self.path(folder)
+        if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+            raise CheckpointError(f"{where}/{MANIFEST} is damaged: it is no table of checksums by name")
+        for name in sums:
+            inside = name and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
+            if inside and self.is_local:
+                root = os.path.realpath(where)
+                inside = os.path.realpath(f"{where}/{name}").startswith(f"{root}{os.sep}")
+            if not inside:
+                raise CheckpointError(f"{where}/{MANIFEST} names {name!r}, which leads out of its folder; accepted: "
+                                      "files of the folder")  # fmt: skip

@@ -39,7 +39,7 @@ import pyarrow as pa
 
 from penstock.corpus import Corpus, Piece, open_corpora, sampled_pieces, split_of_document
 from penstock.errors import DataError, ModelError
-from penstock.models import describe_model, location, may_download
+from penstock.models import describe_model, location, may_download, wants_to_run_code
 from penstock.spec import DataSpec, ModelSpec, TrainSpec
 from penstock.splits import SPLITS, Split
 from penstock.storage import MANIFEST, Storage
@@ -122,9 +122,12 @@ def load_tokenizer(model: ModelSpec) -> Tokenizer:
     place = location(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            place.name, revision=place.revision, local_files_only=not may_download(place), use_fast=True
-        )
+            place.name, revision=place.revision, local_files_only=not may_download(place), use_fast=True,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if not model.trust_remote_code and "trust_remote_code" in str(error):
+            raise ModelError(wants_to_run_code(model)) from None
         raise ModelError(f"model.name {model.name!r}: its tokenizer cannot be loaded: {' '.join(str(error).split())}"
                          ) from None  # fmt: skip
     if not tokenizer.is_fast:

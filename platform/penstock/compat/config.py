@@ -306,16 +306,18 @@ class _Resolver:
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if (revision := kwargs.pop("revision", None)) is not None:
             model["revision"] = revision
+        if kwargs.pop("trust_remote_code", None):
+            model["trust_remote_code"] = True
         left = {
             name: value for name, value in kwargs.items()
             if name not in ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
-                            "refactor_factored_attn_matrices", "trust_remote_code")
+                            "refactor_factored_attn_matrices")
             and not (name == "n_devices" and value == 1)
         }  # fmt: skip
         if left:
             raise ConfigError(
                 f"{SOURCE}: model_from_pretrained_kwargs has {', '.join(map(repr, left))}; accepted: fold_ln, "
-                "center_writing_weights, center_unembed, fold_value_biases, dtype, revision"
+                "center_writing_weights, center_unembed, fold_value_biases, dtype, revision, trust_remote_code"
             )
         asked = _dtype_name(dtype if dtype is not None else self.cfg.dtype, "dtype")
         if self.given.get("autocast_lm"):

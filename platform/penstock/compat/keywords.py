@@ -61,7 +61,7 @@ KEYWORDS: dict[str, Keyword] = {
         "HookedTransformer", "TransformerBridge", "HookedSAETransformer", "SAETransformerBridge",
     ),
     "model_from_pretrained_kwargs": _mapped(None, "model.processing (fold_ln, center_writing_weights, ...), "
-                                                  "model.dtype, model.revision"),
+                                                  "model.dtype, model.revision, model.trust_remote_code"),
     "model_kwargs": _limited({}, "no other arguments can be handed to the model's forward pass", {}, None),
     "hook_name": _mapped("blocks.0.hook_mlp_out", "hook_points"),
     "hook_layer": _checked(None, "against the layer in hook_name"),
