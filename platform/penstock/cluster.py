@@ -181,11 +181,15 @@ def free_nodes() -> list[Node]:
 
 
 def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Results in order, made by Ray tasks; so many in flight as the cluster has CPUs."""
+    """Results in order, made by Ray tasks; so many in flight as the cluster has CPUs. Where other work has taken all of
+    these there are two, which wait for none: what they read is what a sweep begins with, and before it has begun nobody
+    knows that it waits."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))  # it may be any callable
-    limit = max(2, int(ray.cluster_resources().get("CPU", 1)))
+    there, free = ray.cluster_resources().get("CPU", 0.0), ray.available_resources()
+    crowded = there >= 1 and bool(free) and free.get("CPU", 0.0) < 1
+    task = ray.remote(num_cpus=0 if crowded else 1, max_retries=3)(lambda item: function(item))  # any callable
+    limit = 2 if crowded else max(2, int(there))
     waiting: list[Any] = []
     for item in items:
         waiting.append(task.remote(item))
