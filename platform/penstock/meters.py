@@ -197,7 +197,8 @@ class DriverMeters:
         after = UNFIT_FROM * report["tokens"]
         explained = dict(self._explained).values()  # a copy: the driver's main thread adds to it
         self._unfit.set(sum(tokens >= after and share < 0 for tokens, share in explained if tokens < report["tokens"]))
-        self._tagged.raise_to(self._failures, len(report.get("failures") or ()), {})
+        failures = report.get("failures_total", len(report.get("failures") or ()))  # the list has the latest alone
+        self._tagged.raise_to(self._failures, failures, {})
         share = report.get("share") or {}
         if "slots" in share:
             self._slots.set(share["slots"])
