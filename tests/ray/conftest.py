@@ -2,17 +2,10 @@
 
 import os
 import secrets
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-import psutil
 import pytest
 
-from ray_head import SPEC, Head, free_port, penstock, read_authentication_again, wait_for_dashboard
+from ray_head import SECRETS, SPEC, penstock, read_authentication_again, running_head
 
 
 @pytest.fixture(scope="session")
@@ -29,38 +22,17 @@ def token():
 
 
 @pytest.fixture(scope="session")
-def head(token, tmp_path_factory):
-    """`ray start --head` with two CPUs on the loopback, stopped by its process group at the end."""
-    port = free_port(6400)
-    dashboard = free_port(port + 1)
-    agent = free_port(dashboard + 1)  # the default one belongs to whichever Ray came first on this machine
-    temporary = tempfile.mkdtemp(prefix="pst-")  # Ray's sockets need a short path
-    log = tmp_path_factory.mktemp("head") / "log"
-    binaries = str(Path(sys.executable).parent)  # an activated environment, for `python` in a job's entry point
-    environment = {
-        **os.environ, "RAY_worker_maximum_startup_concurrency": "8", "PATH": f"{binaries}:{os.environ['PATH']}",
-    }  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
-             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-             f"--dashboard-agent-listen-port={agent}",
-             "--object-store-memory=400000000", f"--temp-dir={temporary}", "--disable-usage-stats"],
-            stdout=output, stderr=output, env=environment, start_new_session=True, cwd=temporary,
-        )  # fmt: skip
-    try:
-        jobs = f"http://127.0.0.1:{dashboard}"
-        wait_for_dashboard(jobs, process, log)
-        yield Head(f"127.0.0.1:{port}", jobs, process.pid)
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGTERM)
-        _, alive = psutil.wait_procs(children, timeout=5)
-        for child in alive:
-            child.kill()
-        process.kill()
-        process.wait()
-        shutil.rmtree(temporary, ignore_errors=True)
+def planted():
+    """Secrets that lie in the environment of the head's processes, and others in that of who submits: none of them may
+    come to light anywhere."""
+    return {where: {name: f"{where}-{secrets.token_hex(16)}" for name in SECRETS} for where in ("head", "submitter")}
+
+
+@pytest.fixture(scope="session")
+def head(token, planted, tmp_path_factory):
+    """One head for all tests: see `running_head`. The planted secrets lie in its environment."""
+    with running_head(tmp_path_factory.mktemp("head") / "log", **planted["head"]) as head:
+        yield head
 
 
 @pytest.fixture
@@ -80,7 +52,7 @@ def write_spec(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def submitted(head, tmp_path_factory):
+def submitted(head, planted, tmp_path_factory):
     """A finished sweep, submitted with `penstock submit --follow`, its blocks in a spool beside its home: (home, spec,
     what was printed)."""
     folder = tmp_path_factory.mktemp("submitted")
@@ -88,6 +60,7 @@ def submitted(head, tmp_path_factory):
     text = SPEC.replace("TOKENS", "16k").replace("CHECKPOINTS", "1")
     spec.write_text(text.replace("block_tokens", f"spool: {folder / 'spool'}, block_tokens"))
     home = folder / "home"
-    done = penstock("submit", spec, "--address", head.jobs, "--follow", home=home)
+    environment = {**os.environ, **planted["submitter"]}
+    done = penstock("submit", spec, "--address", head.jobs, "--follow", home=home, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return home, spec, done.stdout

@@ -1,11 +1,17 @@
 """A Ray head for tests, and the command line as a process of its own."""
 
+import contextlib
 import json
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +35,8 @@ baselines: {k: [8]}
 resources: {model_hosts: 1, cpus_per_host: 0.5, cpus_per_pack: 0.75}
 """
 
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "WANDB_API_KEY", "PGPASSWORD")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -37,6 +45,7 @@ class Head:
     address: str
     jobs: str
     pid: int
+    folder: Path  # of its sessions: logs, and what jobs are unpacked into
 
     def processes(self, title: str) -> list[psutil.Process]:
         """The head's processes whose title begins so (`ray::RayTrainWorker`, `ray::HostActor`, ...)."""
@@ -48,6 +57,41 @@ class Head:
             except psutil.Error:
                 continue
         return found
+
+
+@contextlib.contextmanager
+def running_head(log: Path, *options: str, **environment: str) -> Iterator[Head]:
+    """`ray start --head` with two CPUs on the loopback, stopped by its process group at the end."""
+    port = free_port(6400)
+    dashboard = free_port(port + 1)
+    agent = free_port(dashboard + 1)  # the default one belongs to whichever Ray came first on this machine
+    temporary = tempfile.mkdtemp(prefix="pst-")  # Ray's sockets need a short path
+    binaries = str(Path(sys.executable).parent)  # an activated environment, for `python` in a job's entry point
+    environment = {
+        **os.environ, "RAY_worker_maximum_startup_concurrency": "8", "PATH": f"{binaries}:{os.environ['PATH']}",
+        **environment,
+    }  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             f"--dashboard-agent-listen-port={agent}",
+             "--object-store-memory=400000000", f"--temp-dir={temporary}", "--disable-usage-stats", *options],
+            stdout=output, stderr=output, env=environment, start_new_session=True, cwd=temporary,
+        )  # fmt: skip
+    try:
+        jobs = f"http://127.0.0.1:{dashboard}"
+        wait_for_dashboard(jobs, process, log)
+        yield Head(f"127.0.0.1:{port}", jobs, process.pid, Path(temporary))
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(children, timeout=5)
+        for child in alive:
+            child.kill()
+        process.kill()
+        process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def free_port(start: int) -> int:
