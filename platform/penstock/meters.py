@@ -178,8 +178,9 @@ class DriverMeters:
         elif event["kind"] == "stopped":
             self._explained.pop(event["sae_id"], None)
 
-    def update(self, report: Mapping[str, Any], now: float) -> None:
-        """Show a report, made at the Unix time `now`; to be called every few seconds: see the top of the file."""
+    def update(self, report: Mapping[str, Any], now: float, slots: int) -> None:
+        """Show a report, made at the Unix time `now`; to be called every few seconds: see the top of the file. slots:
+        how many packs may run at once where no other sweep shares the cluster."""
         self._info.set(1.0, {"name": report["name"]})
         self._reported.set(now)
         self._started.set(report["started"])
@@ -197,13 +198,10 @@ class DriverMeters:
         after = UNFIT_FROM * report["tokens"]
         explained = dict(self._explained).values()  # a copy: the driver's main thread adds to it
         self._unfit.set(sum(tokens >= after and share < 0 for tokens, share in explained if tokens < report["tokens"]))
-        failures = report.get("failures_total", len(report.get("failures") or ()))  # the list has the latest alone
-        self._tagged.raise_to(self._failures, failures, {})
-        share = report.get("share") or {}
-        if "slots" in share:
-            self._slots.set(share["slots"])
-        if "sweeps" in share:
-            self._sweeps.set(share["sweeps"] if isinstance(share["sweeps"], int) else len(share["sweeps"]))
+        self._tagged.raise_to(self._failures, report.get("failures_total", 0), {})
+        share = report["share"]
+        self._slots.set(slots if share["slots"] is None else share["slots"])
+        self._sweeps.set(1 + len(share["sweeps"]))
 
     def end(self, now: float) -> None:
         """The driver ends by itself, at the Unix time `now`: that it reports nothing more is no cause for alarm."""

@@ -318,7 +318,7 @@ class Driver(Session):
         report = self._standing()
         self._chronicle.write({"time": time.time(), **report})
         if self._meters is not None:
-            self._meters.update(report, time.time())
+            self._meters.update(report, time.time(), self.slots)
         return report
 
     def _train(self) -> None:

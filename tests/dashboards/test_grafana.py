@@ -236,7 +236,7 @@ class Kept:
 REPORT = {
     "name": "front", "phase": "train", "started": 1000.0, "saes": 10, "left": 8, "tokens": 400,
     "tokens_at": {"a": [0, 100, 400], "b": [200, 400], "c": []}, "stopped": {"diverged": 2, "pruned": 1},
-    "sae_tokens_per_second": 5.0, "eta_seconds": None, "stopping": False, "failures": [], "share": {},
+    "sae_tokens_per_second": 5.0, "eta_seconds": None, "share": {"slots": None, "sweeps": []},
 }  # fmt: skip
 
 
@@ -250,18 +250,15 @@ def test_saes_are_counted_by_how_far_they_are():
 def test_the_drivers_report_is_shown(monkeypatch):
     kept = Kept(monkeypatch)
     driver = DriverMeters("id")
-    driver.update(REPORT, 1060.0)
+    driver.update(REPORT, 1060.0, 4)
     assert kept["driver_report_timestamp_seconds"] == 1060.0 and kept["sweep_info", "front"] == 1.0
     assert [kept["phase", phase] for phase in meters.PHASES] == [0.0, 1.0, 0.0, 0.0]
     assert kept["hook_point_progress", "b"] == 0.75 and ("hook_point_progress", "c") not in kept.shown
-    assert ("eta_seconds",) not in kept.shown and ("pack_slots",) not in kept.shown
-    failures = [{"time": 1.0, "what": "a host", "done": "made again"}]
-    later = {"eta_seconds": 30.0, "failures": failures, "stopping": True, "share": {"slots": 3, "sweeps": 2}}
-    driver.update(REPORT | later, 1062.0)
+    assert ("eta_seconds",) not in kept.shown and (kept["pack_slots"], kept["sweeps_sharing"]) == (4, 1)
+    later = {"eta_seconds": 30.0, "failures_total": 7, "stopping": True, "share": {"slots": 3, "sweeps": ["other"]}}
+    driver.update(REPORT | later, 1062.0, 4)
     assert (kept["eta_seconds"], kept["stopping"], kept["pack_slots"], kept["sweeps_sharing"]) == (30.0, 1.0, 3, 2)
-    assert kept["failures"] == 1.0
-    driver.update(REPORT | later | {"failures_total": 70}, 1062.0)  # of many only the latest are listed
-    assert kept["failures"] == 70.0
+    assert kept["failures"] == 7.0
     driver.end(1063.0)
     assert kept["driver_end_timestamp_seconds"] == 1063.0
 
@@ -283,7 +280,7 @@ def test_an_sae_worse_than_the_mean_is_counted_while_it_trains_and_past_its_firs
     row("stopped", 100, -9.0)
     driver.heed({"kind": "stopped", "sae_id": "stopped", "status": "diverged"})
     driver.heed({"kind": "log", "message": "nothing of the kind"})
-    driver.update(REPORT, 0.0)
+    driver.update(REPORT, 0.0, 4)
     assert kept["saes_unfit"] == 1
 
 
