@@ -200,7 +200,7 @@ class Driver(Session):
         if self._accounts is not None:
             self._accounts.write(over=True)
         if self._meters is not None:
-            self._meters.end(time.time())
+            self._meters.end(time.time(), self._outcome.get("status", "failed"))
         if self._fence is not None:
             release(self._fence)
         self._mirror.close()

@@ -259,8 +259,8 @@ def test_the_drivers_report_is_shown(monkeypatch):
     driver.update(REPORT | later, 1062.0, 4)
     assert (kept["eta_seconds"], kept["stopping"], kept["pack_slots"], kept["sweeps_sharing"]) == (30.0, 1.0, 3, 2)
     assert kept["failures"] == 7.0
-    driver.end(1063.0)
-    assert kept["driver_end_timestamp_seconds"] == 1063.0
+    driver.end(1063.0, "stopped")
+    assert kept["driver_end_timestamp_seconds", "stopped"] == 1063.0
 
 
 def test_an_sae_worse_than_the_mean_is_counted_while_it_trains_and_past_its_first_tenth(monkeypatch):
