@@ -153,7 +153,7 @@ class DriverMeters:
         self._tagged = tagged = _Tagged(sweep_id)
         self._info = tagged.gauge("sweep_info", "1 for each sweep that runs, with its name", "name")
         self._reported = tagged.gauge("driver_report_timestamp_seconds", "when the driver reported last, in Unix time")
-        self._ended = tagged.gauge("driver_end_timestamp_seconds", "when the driver ended by itself, and how", "outcome")
+        self._ended = tagged.gauge("driver_end_timestamp_seconds", "when the driver ended by itself", "outcome")
         self._started = tagged.gauge("driver_start_timestamp_seconds", "when the driver started, in Unix time")
         self._phase = tagged.gauge("phase", "1 for the phase that the sweep is in, 0 for the others", "phase")
         self._stopping = tagged.gauge("stopping", "1 once the sweep has been asked to stop")
