@@ -62,7 +62,7 @@ class Head:
 @contextlib.contextmanager
 def running_head(log: Path, *options: str, **environment: str) -> Iterator[Head]:
     """`ray start --head` with two CPUs on the loopback, stopped by its process group at the end."""
-    port = free_port(6400)
+    port = free_port(6400 + 10 * (os.getpid() % 300))  # runs of the tests side by side do not look for the same
     dashboard = free_port(port + 1)
     agent = free_port(dashboard + 1)  # the default one belongs to whichever Ray came first on this machine
     temporary = tempfile.mkdtemp(prefix="pst-")  # Ray's sockets need a short path
@@ -116,11 +116,14 @@ def read_authentication_again() -> None:
 
 
 def wait_for_dashboard(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Return once the head's job server answers."""
+    """Return once the head's job server answers, and takes its token: it is no other head's."""
     deadline = time.time() + 120
+    request = urllib.request.Request(
+        f"{url}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    )
     while time.time() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=2):
+            with urllib.request.urlopen(request, timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
