@@ -69,12 +69,14 @@ class Chronicle:
             self._packs[pack] = tuple(event["sae_ids"])
             closed = self.failures.started(pack, event["step"])
             after = f" after: {closed['what']}" if closed else ""
-            text = f"pack {pack} is at step {event['step']}{after}"
+            at = f"step {event['step']:,}" if event["step"] else "its first step"
+            text = f"pack {pack} is at {at}{after}"
             self.log.add(text, pack=pack, saes=list(self._packs[pack]))
         elif kind == "saved":
             self.saved |= event["saes"]
-            for sae_id, step in event["saes"].items():
-                self.log.add(f"SAE {sae_id}: checkpoint at step {step:,}", sae=sae_id, pack=pack)
+            for step in sorted(set(event["saes"].values())):
+                of = [sae_id for sae_id, at in event["saes"].items() if at == step]
+                self.log.add(f"pack {pack}: {len(of)} SAEs saved at step {step:,}", pack=pack, of=of)
         elif kind == "halted":
             self.failures.ended([pack])
             text = f"pack {pack} has ended at step {event['step']:,} as it was told to ({event['why']})"
@@ -89,7 +91,10 @@ class Chronicle:
             self.log.add(f"SAE {sae} {event['status']}: {event['reason']}", sae=sae, pack=pack, detail=detail or None)
         elif kind == "failure":
             self.failures.note(event["what"], event["done"], pack)
-            self.log.add(f"{event['what']}: {event['done']}", pack=pack, sae=sae, detail=event.get("detail"))
+            if not event.get("said"):
+                self.log.add(f"{event['what']}: {event['done']}", pack=pack, sae=sae, detail=event.get("detail"))
+        elif kind == "log":
+            self.log.add(event["message"], pack=pack)
 
     def _curve(self, sae_id: str) -> str:
         """The last rows of an SAE's curve."""

@@ -101,10 +101,35 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
     harvest.add_argument("--address", metavar="A", help="a running Ray cluster; a local Ray unless given")
 
-    status = command("status", _status, "say how a running sweep stands, by its name or id")
-    status.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
-    status.add_argument("--follow", action="store_true", help="show it again every 2 s until the sweep has ended")
-    status.add_argument("--json", action="store_true", help="print one object; with --follow one on a line each time")
+    status = command("status", _status, "say how a sweep stands, or all of them where none is named")
+    status.add_argument("sweep", metavar="SWEEP", nargs="?", help="a sweep's name (its latest run) or id")
+    status.add_argument(
+        "--watch", "--follow", dest="follow", action="store_true",
+        help="show it again every 2 s until the sweep has ended, and end with its exit status",
+    )  # fmt: skip
+    _add_dashboard(status)
+    status.add_argument("--json", action="store_true", help="print one object; with --watch one on a line each time")
+
+    logs = command("logs", _logs, "show what the driver of a sweep has said, also when it is gone")
+    logs.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    logs.add_argument("--sae", metavar="ID", help="only what concerns this SAE: an id or the beginning of one")
+    logs.add_argument("--follow", action="store_true", help="go on until the sweep has ended")
+    _add_dashboard(logs)
+
+    stop = command("stop", _stop, "have a running sweep save every SAE and end; `resume` goes on with it")
+    stop.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    stop.add_argument("--now", action="store_true", help="do not save: it goes on from the checkpoints that are there")
+    stop.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait until it has ended")
+    _add_dashboard(stop)
+
+    resume = command("resume", _resume, "go on with a sweep that was stopped or killed or has failed, without its spec")
+    resume.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
+    resume.add_argument(
+        "--address", metavar="A",
+        help="on a running Ray cluster (auto, HOST:PORT), or as a job of one (http://HOST:8265); else on a local Ray",
+    )  # fmt: skip
+    resume.add_argument("--follow", action="store_true", help="as a job: show its log and end with its exit status")
+    _add_code_change(resume)
 
     scale = command("scale", _scale, "have a running sweep use more or fewer model hosts")
     scale.add_argument("sweep", metavar="SWEEP", help="a sweep's name (its latest run) or id")
@@ -234,6 +259,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", metavar="URL",
+        help="of a sweep on this cluster, from anywhere: its dashboard's address, http://HOST:8265",
+    )  # fmt: skip
+
+
 def _add_code_change(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-code-change", action="store_true", help="resume from checkpoints that other source code has written"
@@ -350,8 +382,30 @@ def _submit(arguments: argparse.Namespace, home: Home) -> int:
 def _status(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.status import show
 
-    show(home, arguments.sweep, follow=arguments.follow, as_json=arguments.json)
-    return 0
+    where = {"address": arguments.address, "follow": arguments.follow, "as_json": arguments.json}
+    return show(home, arguments.sweep, **where)
+
+
+def _logs(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.control import show_log
+
+    return show_log(home, arguments.sweep, arguments.address, sae=arguments.sae, follow=arguments.follow)
+
+
+def _stop(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.control import stop
+
+    return stop(home, arguments.sweep, arguments.address, now=arguments.now, wait=arguments.wait)
+
+
+def _resume(arguments: argparse.Namespace, home: Home) -> int:
+    from penstock.control import resume
+
+    change = arguments.allow_code_change
+    if arguments.address is None or "://" not in arguments.address:
+        home.check_tracking()
+        _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+    return resume(home, arguments.sweep, arguments.address, arguments.follow, allow_code_change=change)
 
 
 def _scale(arguments: argparse.Namespace, home: Home) -> int:

@@ -50,8 +50,8 @@ class SweepLog:
         self._new: list[str] = []
 
     def add(self, text: str, **about: Any) -> None:
-        """A line, and what it concerns: `sae`, `pack`, `saes` (those of the pack), `detail` (more lines: a traceback,
-        the end of a curve). Whatever looks like a secret is hidden."""
+        """A line, and what it concerns: `sae`, or several, `of`; `pack`; `saes` says which those of the pack are from
+        now on. `detail`: more lines, a traceback or the end of a curve. Whatever looks like a secret is hidden."""
         line = {"time": round(self._clock(), 3), "text": redacted(text)}
         line |= {name: value for name, value in about.items() if value is not None}
         if "detail" in line:
@@ -88,13 +88,18 @@ class SweepLog:
                         self._chunk, self._bytes, self._number = [], 0, self._number + 1
 
 
-def read_log(storage: Storage, sweep_id: str) -> list[Line]:
-    """The lines of all attempts, in order. Raises `SweepError` when the storage cannot be read."""
-    lines, folder = [], logs_folder(sweep_id)
+def read_log(storage: Storage, sweep_id: str, known: dict[str, list[Line]] | None = None) -> list[Line]:
+    """The lines of all attempts, in order. Raises `SweepError` when the storage cannot be read. `known`: files that
+    were read before, by name; only the last of an attempt is read again."""
+    lines: list[Line] = []
+    folder, known = logs_folder(sweep_id), {} if known is None else known
     try:
         for attempt in storage.names(folder):
-            for name in storage.names(f"{folder}/{attempt}"):
-                lines += parse_lines(storage.read(f"{folder}/{attempt}/{name}").decode("utf-8", "replace"))
+            files = [f"{folder}/{attempt}/{name}" for name in storage.names(f"{folder}/{attempt}")]
+            for file in files:
+                if file not in known or file == files[-1]:
+                    known[file] = parse_lines(storage.read(file).decode("utf-8", "replace"))
+                lines += known[file]
     except OSError as error:
         raise SweepError(f"storage {storage.uri!r}: the log of sweep {sweep_id} cannot be read: {error}") from None
     return lines
@@ -132,8 +137,8 @@ def about_sae(lines: Sequence[Line], sae_id: str) -> list[Line]:
     for line in lines:
         if "saes" in line and "pack" in line:
             (packs.add if sae_id in line["saes"] else packs.discard)(line["pack"])
-        of_pack = "sae" not in line and line.get("pack") in packs
-        if line.get("sae") == sae_id or of_pack:
+        named = {line.get("sae"), *line.get("of", ())} - {None}
+        if sae_id in named if named else line.get("pack") in packs:
             found.append(line)
     return found
 

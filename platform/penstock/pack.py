@@ -299,7 +299,7 @@ class Pack:
         self._guard()
         record = {"status": status, "reason": reason, "step": slot.trainer.steps_done, "history": slot.history}
         self._storage.write_json(f"{slot.folder}/stopped.json", record)
-        self._log(f"SAE {slot.member.sae_id} {status}: {reason}; the rest of its pack goes on")
+        print(f"SAE {slot.member.sae_id} {status}: {reason}; the rest of its pack goes on", flush=True)
         about = {"sae_id": slot.member.sae_id, "status": status, "reason": reason}
         self._emit({"kind": "stopped", **about, **({"detail": detail} if detail else {})})
 

@@ -1,13 +1,18 @@
-"""How a sweep stands, from the report that its driver rewrites every few seconds, and asking that driver for something.
+"""How sweeps stand, from the reports that their drivers rewrite every few seconds, and asking a driver for something.
 
-Reads and writes files of the sweep's storage alone: it needs neither Ray nor MLflow, and no way to the cluster.
+Reads and writes files of the sweep's storage alone: it needs neither Ray nor MLflow, and no way to the cluster. With an
+address it is the other way round (`remote.py`).
 """
 
+import contextlib
 import json
+import math
+import os
 import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -18,8 +23,14 @@ from penstock.home import Home, recall
 from penstock.storage import Storage
 
 BAR = 24  # characters
-REMEMBERED = 16  # reports of the past, over which `--follow` measures who waits
-ENDED, EVALUATE = "ended", "evaluate"
+HOOK_POINT = 26  # characters of one in a table
+REMEMBERED = 16  # reports of the past, over which `--watch` measures who waits
+FAILURES_SHOWN = 5
+RECENT = 20  # sweeps in the table of all
+GIVEN_UP_SECONDS = 120.0  # of silence, after which `--watch` waits for a driver no longer
+ENDED, STOPPED, EVALUATE = "ended", "stopped", "evaluate"
+LOST_STATUS = 1
+_ENDS = (ENDED, STOPPED)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,14 @@ class Standing:
     @property
     def has_ended(self) -> bool:
         """Whether nothing more will come, unless the sweep is started again."""
-        return self.published if self.report is None else self.report["phase"] == ENDED
+        return self.published if self.report is None else self.report["phase"] in _ENDS
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What an ended sweep has come to: `status` (finished, failed, stopped), `exit_status`, `reason`, `left`; empty
+        while it runs, and where its driver died."""
+        found = (self.report or {}).get("outcome") or {}
+        return found or ({"status": "finished", "exit_status": 0} if self.has_ended and self.published else {})
 
     @property
     def is_silent(self) -> bool:
@@ -71,7 +89,7 @@ def _look(storage: Storage, sweep_id: str, sweep: str) -> Standing:
     try:
         file = status_file(sweep_id)
         report = storage.read_json(file) if storage.exists(file) else None
-        over = report is None or report["phase"] == ENDED
+        over = report is None or report["phase"] in _ENDS
         published = over and storage.exists(f"sweeps/{sweep_id}/result.json")
     except OSError as error:
         raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be read: {error}") from None
@@ -110,7 +128,7 @@ def ask_for_hosts(home: Home, sweep: str, n_hosts: int) -> str:
     return (
         f"sweep {sweep}: {n_hosts} model host(s) asked for, {now} there now; its driver takes note within seconds\n"
         "new hosts join when the cluster has room for them and they have loaded the model; others leave after the "
-        f"block at hand\nwatch it: penstock status {sweep} --follow"
+        f"block at hand\nwatch it: penstock status {sweep} --watch"
     )
 
 
@@ -129,39 +147,167 @@ def _why_not_scaled(standing: Standing) -> str | None:
 # ---- showing --------------------------------------------------------------------------------------------------------
 
 
-def show(home: Home, sweep: str, *, follow: bool = False, as_json: bool = False, out: TextIO | None = None) -> None:
-    """Print how a sweep stands; with `follow` again every few seconds until it has ended.
+class Near:
+    """The sweeps of a home; `sweep` is the one that `look` is about."""
+
+    def __init__(self, home: Home, sweep: str | None) -> None:
+        self._home, self._sweep = home, sweep
+        self.storage, self.sweep_id = recall(home, sweep) if sweep else (None, "")
+
+    def look(self) -> Standing:
+        assert self.storage is not None and self._sweep is not None
+        return _look(self.storage, self.sweep_id, self._sweep)
+
+    def all(self) -> list[Standing]:
+        names = {}
+        for path in (self._home.path / "sweeps").glob("*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                record = json.loads(path.read_text())
+                names[record["sweep_id"]] = record["name"]
+        found = []
+        for sweep_id, name in names.items():
+            with contextlib.suppress(SweepError):  # one storage that is away hides no other sweep
+                found.append(_look(*recall(self._home, sweep_id), name))
+        return found
+
+
+class Far:
+    """The sweeps of a cluster, by the address of its dashboard."""
+
+    def __init__(self, address: str, sweep: str | None) -> None:
+        from penstock.remote import Cluster
+
+        self.cluster, self._sweep = Cluster(address), sweep
+        self._latest: dict[str, Any] | None = None
+        if sweep is not None:
+            self.place, self._latest = self.cluster.find(sweep)
+            self.sweep_id = self.place.sweep_id
+
+    def look(self) -> Standing:
+        self._latest = self.cluster.report(self.place) or self._latest
+        assert self._sweep is not None and self._latest is not None
+        return _from_afar(self._sweep, self._latest)
+
+    def all(self) -> list[Standing]:
+        return [_from_afar(report["name"], report) for _, report in self.cluster.reports()]
+
+
+def _from_afar(sweep: str, report: dict[str, Any]) -> Standing:
+    finished = (report.get("outcome") or {}).get("status") == "finished"
+    return Standing(sweep, report["sweep_id"], time.time(), report, report["phase"] in _ENDS and finished)
+
+
+def watched(home: Home, sweep: str | None, address: str | None) -> Near | Far:
+    """Where to look. Raises `SweepError` for an unknown sweep, and when no cluster answers."""
+    return Near(home, sweep) if address is None else Far(address, sweep)
+
+
+def show(
+    home: Home, sweep: str | None, *, address: str | None = None, follow: bool = False, as_json: bool = False,
+    out: TextIO | None = None,
+) -> int:  # fmt: skip
+    """Print how a sweep stands, or all of them where none is named; with `follow` again every few seconds until it has
+    ended. Returns 0, with `follow` the exit status of the sweep.
 
     On a terminal the text is redrawn in place; elsewhere a blank line separates one from the next. JSON is one object,
     with `follow` one on a line each time.
     """
     out = out or sys.stdout
-    storage, sweep_id = recall(home, sweep)
+    where = watched(home, sweep, address)
+    screen = _Screen(out, follow and not as_json and out.isatty())
     past: deque[Standing] = deque(maxlen=REMEMBERED)
-    in_place = follow and not as_json and out.isatty()
-    first = True
     while True:
-        standing = _look(storage, sweep_id, sweep)
-        if as_json:
-            print(to_json(standing, indent=None if follow else 1), file=out, flush=True)
+        if sweep is None:
+            found = in_order(where.all())
+            status = None if follow else 0
+            text = all_json(found, None if follow else 1) if as_json else describe_all(found)
         else:
-            text = describe(standing, past[0] if past else None)
-            last = not follow or standing.has_ended
-            out.write(_redraw(text, first, last) if in_place else text + "\n" if first else f"\n{text}\n")
-            out.flush()
-        if not follow or standing.has_ended:
-            return
-        if standing.report is not None and (not past or past[-1].report["time"] != standing.report["time"]):
-            past.append(standing)
-        first = False
+            standing = where.look()
+            status = status_of(standing) if follow else 0
+            if as_json:
+                text = to_json(standing, indent=None if follow else 1)
+            else:
+                text = describe(standing, past[0] if past else None)
+            if standing.report is not None and (not past or past[-1].report["time"] != standing.report["time"]):
+                past.append(standing)
+        screen.show(text, last=status is not None, apart=not as_json)
+        if status is not None:
+            return status
         time.sleep(BEAT_SECONDS)
+
+
+def status_of(standing: Standing) -> int | None:
+    """The exit status of a sweep that has ended, or whose driver is given up; None while it is waited for."""
+    if standing.has_ended:
+        return int(standing.outcome.get("exit_status", LOST_STATUS))
+    return LOST_STATUS if standing.is_silent and standing.age > GIVEN_UP_SECONDS else None
 
 
 def to_json(standing: Standing, indent: int | None = None) -> str:
     """The driver's report as it stands, and what is known beside it."""
+    return json.dumps(_as_object(standing), indent=indent)
+
+
+def all_json(standings: Sequence[Standing], indent: int | None = None) -> str:
+    return json.dumps({"sweeps": [_as_object(one) for one in standings]}, indent=indent)
+
+
+def _as_object(standing: Standing) -> dict[str, Any]:
     known = {"sweep_id": standing.sweep_id, "phase": None, "published": standing.published,
              "age_seconds": round(standing.age, 1), "silent": standing.is_silent}  # fmt: skip
-    return json.dumps(known | (standing.report or {}), indent=indent)
+    return known | (standing.report or {})
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def in_order(standings: Iterable[Standing]) -> list[Standing]:
+    """Those that run first, then the latest; of the others no more than the most recent."""
+
+    def key(one: Standing) -> tuple[bool, float]:
+        live = one.report is not None and not one.has_ended and not one.is_silent
+        return not live, one.age if one.report else math.inf
+
+    found = sorted(standings, key=key)
+    live = [one for one in found if not key(one)[0]]
+    return live + found[len(live) :][:RECENT]
+
+
+def describe_all(standings: Sequence[Standing]) -> str:
+    """A row a sweep."""
+    if not standings:
+        return "no sweeps yet"
+    rows = []
+    for one in standings:
+        report = one.report
+        if report is None:
+            state = "finished" if one.published else "not reported"
+            rows.append([_cut(one.sweep, 20), one.sweep_id, state, "-", "-", "-", "-", "-"])
+            continue
+        at = [tokens for of_site in report["tokens_at"].values() for tokens in of_site]
+        trained = f"{100 * sum(at) / len(at) / max(1, report['tokens']):.0f}%" if at else "-"
+        live = not one.has_ended and not one.is_silent
+        rate = _rate(report) if live else None
+        eta = report.get("eta_seconds") if live else None
+        rows.append([
+            _cut(report["name"], 20), one.sweep_id, _state(one), str(report["saes"]), trained,
+            "-" if rate is None else f"{rate:,.0f}", "-" if eta is None else _duration(eta), _duration(one.age),
+        ])  # fmt: skip
+    header = ["sweep", "id", "state", "SAEs", "trained", "SAE-tok/s", "left", "heard of"]
+    return text_table(header, rows, right={"SAEs", "trained", "SAE-tok/s", "left", "heard of"})
+
+
+def _state(standing: Standing) -> str:
+    report = standing.report
+    assert report is not None
+    if standing.is_silent:
+        return "lost"
+    if standing.has_ended:
+        return standing.outcome.get("status", "ended")
+    return "stopping" if report.get("stopping") else report["phase"]
+
+
+# ---- one of them ----------------------------------------------------------------------------------------------------
 
 
 def describe(standing: Standing, before: Standing | None = None) -> str:
@@ -173,6 +319,8 @@ def describe(standing: Standing, before: Standing | None = None) -> str:
     parts = [_title(standing), _progress(report)]
     if stream:
         parts += [_hosts(stream), _packs(report, before.report if before else None)]
+    if report.get("failures"):
+        parts.append(_failures(report))
     if report["cost"]:
         parts.append(_cost(report["cost"]))
     return "\n\n".join(parts)
@@ -194,15 +342,32 @@ def _title(standing: Standing) -> str:
     ran = _duration(report["time"] - report["started"])
     if standing.has_ended:
         lines.append(f"ended {_duration(standing.age)} ago, after {ran}, in {standing.driver}")
-        lines.append(
-            f"what came out: penstock front {standing.sweep}" if standing.published
-            else "it has no results yet: the command that started it goes on where it stands"
-        )  # fmt: skip
+        lines += _outcome(standing)
     else:
         lines.append(f"phase {report['phase']}, {ran} after its start; reported {_duration(standing.age)} ago")
+        if report.get("stopping"):
+            lines.append("stopping: every pack saves and ends")
+        elif not standing.is_silent and report.get("eta_seconds") is not None:
+            lines.append(f"about {_duration(report['eta_seconds'])} left, evaluation included")
     if standing.is_silent:
         lines.append(f"{standing.about_silence}; what follows is its last report")
+        lines.append(f"if it is dead: penstock resume {standing.sweep}")
     return "\n".join(lines)
+
+
+def _outcome(standing: Standing) -> list[str]:
+    outcome = standing.outcome
+    if outcome.get("status") == "stopped":
+        return [
+            f"stopped: {outcome.get('reason', '')}".removesuffix(": "),
+            f"{outcome.get('left', '')}; go on with: penstock resume {standing.sweep}".removeprefix("; "),
+        ]
+    if standing.published:
+        return [f"what came out: penstock front {standing.sweep}"]
+    if outcome.get("exit_status") == 1:
+        return [f"some SAEs failed: penstock front {standing.sweep}; penstock resume {standing.sweep} tries them again"]
+    failed = [f"failed: {outcome['reason']}"] if outcome.get("reason") else []
+    return [*failed, f"it has no results yet: penstock resume {standing.sweep} goes on where it stands"]
 
 
 def _progress(report: dict[str, Any]) -> str:
@@ -216,10 +381,39 @@ def _progress(report: dict[str, Any]) -> str:
             lines.append(f"{label.ljust(width)}  [{bar}] {int(100 * share):3d}%  {len(at)} SAEs")
         else:
             lines.append(f"{label.ljust(width)}  nothing left to train")
-    lines.append(f"{report['tokens']:,} tokens an SAE, {report['sae_tokens_per_second']:,.0f} SAE-tokens/s")
-    if report.get("stopped"):
-        lines.append("stopped on the way: " + ", ".join(f"{n} {status}" for status, n in report["stopped"].items()))
+    lines.append("SAEs   " + ", ".join(f"{count} {state}" for state, count in sae_states(report).items() if count))
+    lines.append(f"tokens {report['tokens']:,} an SAE; {_rates(report)}")
+    share = report.get("share") or {}
+    if share.get("slots"):
+        sweeps = share.get("sweeps")
+        count = sweeps if isinstance(sweeps, int) else len(sweeps or ())
+        lines.append(f"share  {share['slots']} pack(s) at once" + (f", {count} sweeps on the cluster" if count else ""))
     return "\n".join(lines)
+
+
+def sae_states(report: Mapping[str, Any]) -> dict[str, int]:
+    """How many SAEs stand where."""
+    at = [tokens for of_site in report["tokens_at"].values() for tokens in of_site]
+    waiting, trained = sum(tokens == 0 for tokens in at), sum(tokens >= report["tokens"] for tokens in at)
+    return {
+        "training": len(at) - waiting - trained, "not begun": waiting, "trained": trained,
+        "done before": report["saes"] - report["left"], **(report.get("stopped") or {}),
+    }  # fmt: skip
+
+
+def _rate(report: Mapping[str, Any]) -> float | None:
+    """SAE-tokens a second in the last minute, else since the first step."""
+    recent = (report.get("rates") or {}).get("sae_tokens_per_second")
+    return recent if recent is not None else report["sae_tokens_per_second"] or None
+
+
+def _rates(report: Mapping[str, Any]) -> str:
+    rates, average = report.get("rates") or {}, report["sae_tokens_per_second"]
+    recent, harvested = rates.get("sae_tokens_per_second"), rates.get("harvested_tokens_per_second")
+    if recent is None:
+        return f"{average:,.0f} SAE-tokens/s"
+    text = f"{recent:,.0f} SAE-tokens/s lately ({average:,.0f} on average)"
+    return text if harvested is None else f"{text}, {harvested:,.0f} harvested"
 
 
 def _hosts(stream: dict[str, Any]) -> str:
@@ -242,20 +436,32 @@ def _packs(report: dict[str, Any], before: dict[str, Any] | None) -> str:
     since = report["started"] if before is None else before["time"]
     seconds = report["time"] - since
     earlier = {} if before is None else before["stream"].get("packs", {})
+    rates = (report.get("rates") or {}).get("packs") or {}
     rows = []
     for pack_id, pack in report["stream"]["packs"].items():
-        hook_point, n_saes = report["packs"].get(pack_id, ("part of a pack that was split", "-"))
+        hook_point, n_saes = report["packs"].get(pack_id, ("half of a pack", "-"))
         waited = pack.get("wait_seconds", 0.0)
         waited_before = earlier.get(pack_id, {}).get("wait_seconds", 0.0)
         waited -= waited_before if waited_before <= waited else 0.0  # a pack that starts again counts from zero
         share = f"{100 * min(1.0, waited / seconds):.0f}%" if pack["status"] == "live" and seconds > 0 else "-"
+        rate = rates.get(pack_id)
         rows.append([
-            pack_id, hook_point, str(n_saes), pack["status"], f"{pack['block']} of {report['stream']['blocks']}",
-            str(pack["lag"]), share, str(pack.get("spool_reads", "-")),
+            pack_id, _cut(hook_point, HOOK_POINT), str(n_saes), pack["status"],
+            f"{pack['block']}/{report['stream']['blocks']}", str(pack["lag"]), share,
+            "-" if rate is None else f"{rate:,.0f}",
         ])  # fmt: skip
-    waiting = "waited so far" if before is None else f"waited in {seconds:.0f} s"
-    header = ["pack", "hook point", "SAEs", "status", "block", "lag", waiting, "spool reads"]
-    return text_table(header, rows, right={"SAEs", "block", "lag", waiting, "spool reads"}) if rows else "no packs yet"
+    header = ["pack", "hook point", "SAEs", "status", "block", "lag", "waits", "tok/s"]
+    return text_table(header, rows, right={"SAEs", "block", "lag", "waits", "tok/s"}) if rows else "no packs yet"
+
+
+def _failures(report: Mapping[str, Any]) -> str:
+    """The latest, and what was done about them."""
+    latest, total = report["failures"], report.get("failures_total", len(report["failures"]))
+    lines = [f"failures  {total} so far" + (", the latest:" if total > FAILURES_SHOWN else ":")]
+    for one in latest[-FAILURES_SHOWN:]:
+        stamp = time.strftime("%H:%M:%SZ", time.gmtime(one["time"]))
+        lines += [f"  {stamp}  {' '.join(one['what'].split())}", f"             -> {one['done']}"]
+    return "\n".join(lines)
 
 
 def _cost(cost: dict[str, float]) -> str:
@@ -269,19 +475,63 @@ def _cost(cost: dict[str, float]) -> str:
     )
 
 
+def _cut(text: str, width: int) -> str:
+    """Short enough for a column: of a hook point, both ends tell it from others."""
+    if len(text) <= width:
+        return text
+    tail = (width - 2) // 2
+    return f"{text[: width - 2 - tail]}..{text[-tail:]}"
+
+
 def _duration(seconds: float) -> str:
     whole = int(seconds)
     if whole < 120:
         return f"{whole} s"
-    minutes, hours = whole // 60, whole // 3600
-    return f"{minutes} min {whole % 60} s" if hours < 2 else f"{hours} h {minutes % 60} min"
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if hours < 2:
+        return f"{minutes} min {whole % 60} s"
+    return f"{hours} h {minutes % 60} min" if days < 2 else f"{days} days {hours % 24} h"
 
 
-def _redraw(text: str, first: bool, last: bool) -> str:
-    """What draws the text over a terminal's screen. It is cut to the screen, but for the last time."""
-    size = shutil.get_terminal_size()
-    lines = text.splitlines()
-    if not last:
-        lines = [line[: size.columns] for line in lines[: size.lines - 1]]
-    clear = "\x1b[2J" if first else ""
-    return clear + "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+# ---- the terminal ---------------------------------------------------------------------------------------------------
+
+
+class _Screen:
+    """Where a text is shown that changes: drawn over itself on a terminal, one after the other elsewhere."""
+
+    def __init__(self, out: TextIO, in_place: bool) -> None:
+        self._out, self._in_place, self._first = out, in_place, True
+        self._colour = out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def show(self, text: str, *, last: bool, apart: bool) -> None:
+        if self._in_place:
+            self._out.write(self._redraw(text, last))
+        else:
+            lines = [self._painted(line) for line in text.splitlines()]
+            self._out.write(("\n" if apart and not self._first else "") + "".join(f"{line}\n" for line in lines))
+        self._out.flush()
+        self._first = False
+
+    def _redraw(self, text: str, last: bool) -> str:
+        """What draws the text over a terminal's screen. It is cut to the screen, but for the last time."""
+        size = shutil.get_terminal_size()
+        lines = text.splitlines()
+        if not last:
+            lines = [line[: size.columns] for line in lines[: size.lines - 1]]
+        clear = "\x1b[2J" if self._first else ""
+        return clear + "\x1b[H" + "".join(f"{self._painted(line)}\x1b[K\n" for line in lines) + "\x1b[J"
+
+    def _painted(self, line: str) -> str:
+        if not self._colour:
+            return line
+        for start, colour in _COLOURS.items():
+            if line.startswith(start):
+                return f"\x1b[{colour}m{line}\x1b[0m"
+        return f"\x1b[31m{line}\x1b[0m" if _SILENCE in line else line
+
+
+_SILENCE = "has not been heard of for"
+_COLOURS = {
+    "sweep ": "1", "stopping": "33", "stopped": "33", "failures": "33", "failed": "31", "some SAEs failed": "31",
+    "what came out": "32",
+}  # fmt: skip

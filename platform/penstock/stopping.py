@@ -22,6 +22,8 @@ from penstock.storage import Storage
 
 STOPPED_STATUS = 3  # the exit status of a driver that was asked to stop
 SAVE_SECONDS = 600.0  # for checkpoints; who has not saved by then is left behind
+LEAVE_SECONDS = 60.0  # for the driver, once its packs have ended
+JOB_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's own variable, in the environment of a job
 IDLE_SECONDS = 20.0  # while nobody is attached: workers that only start have nothing to save
 
 

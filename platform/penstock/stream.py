@@ -80,7 +80,8 @@ class Stream:
         while True:
             for pack_id in self.state.expire(self._clock()):
                 self._log(f"pack {pack_id}: no step for too long; its lease ends, the others do not wait for it")
-                self._failed(f"pack {pack_id} made no step for too long", "the others do not wait for it", pack_id)
+                if self.state.members[pack_id].run:  # one that has not come yet is no failure
+                    self._failed(f"pack {pack_id} made no step for too long", "the others do not wait for it", pack_id)
             while (work := self.state.next_work()) is not None:
                 self._start(self._make(work))
             async with self._changed:
@@ -229,8 +230,8 @@ class Stream:
         self._mail.append({"kind": "log", "message": message})
 
     def _failed(self, what: str, done: str, pack_id: str | None = None) -> None:
-        """Something for the driver's list of failures."""
-        self._mail.append({"kind": "failure", "pack_id": pack_id, "what": what, "done": done})
+        """Something for the driver's list of failures, that has been said."""
+        self._mail.append({"kind": "failure", "pack_id": pack_id, "what": what, "done": done, "said": True})
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

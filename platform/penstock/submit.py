@@ -19,6 +19,7 @@ from penstock.errors import SweepError
 from penstock.home import Home
 from penstock.plan import read_sweep
 from penstock.redaction import redacted, secret_in
+from penstock.stopping import JOB_STOP_SECONDS, LEAVE_SECONDS, SAVE_SECONDS
 
 AGENT_SECONDS = 60.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -37,30 +38,57 @@ def submit(
     spec = spec.model_copy(update={"storage": home.storage_uri(spec.storage)})
     environment = _environment(home)
     dashboard = Dashboard(address)
-    if dashboard.get("/api/authentication_mode").get("authentication_mode") == "disabled":
-        warn_of_open_cluster(address)
-    for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of every package that is uploaded
-    client = dashboard.jobs
     with tempfile.TemporaryDirectory() as folder:
         text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
         (Path(folder) / "spec.yaml").write_text(text, encoding="utf-8")
-        job = _submit_when_ready(
-            client,
-            entrypoint="python -m penstock.cli run spec.yaml" + (" --allow-code-change" if allow_code_change else ""),
-            runtime_env={"working_dir": folder, "py_modules": packages(), "env_vars": environment},
-            metadata={"sweep": spec.name},
-        )
-    print(f"submitted {spec.name} as job {job}", flush=True)
+        entrypoint = "python -m penstock.cli run spec.yaml" + (" --allow-code-change" if allow_code_change else "")
+        job = _launch(dashboard, entrypoint, {"working_dir": folder, "env_vars": environment}, {"sweep": spec.name})
+    return _said(dashboard, job, spec.name, follow)
+
+
+def submit_again(
+    home: Home, dashboard: Dashboard, sweep_id: str, name: str, follow: bool = False, *, allow_code_change: bool = False
+) -> int:
+    """Have a job go on with a sweep that has stopped, from the spec that is kept with it. Returns as `submit` does."""
+    entrypoint = f"python -m penstock.cli resume {sweep_id}" + (" --allow-code-change" if allow_code_change else "")
+    job = _launch(dashboard, entrypoint, {"env_vars": _environment(home)}, {"sweep": name})
+    return _said(dashboard, job, name, follow)
+
+
+def run_there(dashboard: Dashboard, entrypoint: str) -> tuple[bool, str]:
+    """Run a short command on the cluster, with our packages: whether it has succeeded, and what it printed."""
+    job = _launch(dashboard, entrypoint, {"env_vars": {"PYTHONUNBUFFERED": "1"}}, {"penstock": "command"})
+    while str(status := dashboard.jobs.get_job_status(job)) not in _ENDED:
+        time.sleep(0.5)
+    return str(status) == "SUCCEEDED", dashboard.jobs.get_job_logs(job)
+
+
+def _launch(
+    dashboard: Dashboard, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+) -> str:
+    """Submit a job that brings our packages along; its id."""
+    if dashboard.get("/api/authentication_mode").get("authentication_mode") == "disabled":
+        warn_of_open_cluster(dashboard.address)
+    jobs = dashboard.jobs  # imports what sets its own levels
+    for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of every package that is uploaded
+    environment = {"py_modules": packages(), **runtime_env}
+    return _submit_when_ready(jobs, entrypoint=entrypoint, runtime_env=environment, metadata=metadata)
+
+
+def _said(dashboard: Dashboard, job: str, name: str, follow: bool) -> int:
+    print(f"submitted {name} as job {job}", flush=True)
     if not follow:
-        print(f"follow it with  ray job logs --address {address} --follow {job}")
+        print(f"watch it with  penstock status {name} --watch --address {dashboard.address}")
+        print(f"its log:       penstock logs {name} --follow --address {dashboard.address}")
         return 0
-    return _follow(client, job)
+    return _follow(dashboard.jobs, job)
 
 
 def _environment(home: Home) -> dict[str, str]:
     """What the job's processes have in their environment beside what their nodes give them. No secrets."""
     environment = {**ENVIRONMENT, SUBMITTED: "1", "PENSTOCK_HOME": str(home.path), "PYTHONUNBUFFERED": "1"}
+    environment[JOB_STOP_SECONDS] = str(int(SAVE_SECONDS + LEAVE_SECONDS))  # Ray kills a job 3 s after SIGTERM
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         if what := secret_in(uri):
             raise SweepError(

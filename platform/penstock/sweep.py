@@ -49,7 +49,7 @@ from penstock.resolved import ResolvedSweep, spec_file
 from penstock.session import Session, this_machine
 from penstock.sharing import Sharing
 from penstock.spec import SweepSpec
-from penstock.stopping import IDLE_SECONDS, SAVE_SECONDS, STOPPED_STATUS, StopOrder, SweepStopped
+from penstock.stopping import IDLE_SECONDS, JOB_STOP_SECONDS, SAVE_SECONDS, STOPPED_STATUS, StopOrder, SweepStopped
 from penstock.storage import Storage
 from penstock.tokens import build_token_store
 
@@ -178,10 +178,12 @@ class Driver(Session):
             self._outcome = {"status": "failed" if status else "finished", "exit_status": status}
             return status
         except SweepStopped as order:
-            self._outcome = {"status": "stopped", "exit_status": STOPPED_STATUS, "reason": str(order)}
+            left = self._what_is_left()
+            self._outcome = {"status": "stopped", "exit_status": STOPPED_STATUS, "reason": str(order), "left": left}
             if self._tracker is not None:
                 self._tracker.interrupt(str(order), "stopped")
-            self._say_stopped()
+            self.say(f"stopped: {left}")
+            self.say(f"go on with: penstock resume {self.spec.name} --home {self.home.path}")
             raise
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
@@ -486,8 +488,8 @@ class Driver(Session):
         live = [pack for pack in self._stream_status.get("packs", {}).values() if pack["status"] == "live"]
         return time.time() - self._halted_at > (SAVE_SECONDS if live else IDLE_SECONDS)
 
-    def _say_stopped(self) -> None:
-        """What a stopped sweep leaves, and how it goes on."""
+    def _what_is_left(self) -> str:
+        """How far a sweep has come that is stopped, in words."""
         from penstock.trial import steps_reached
 
         steps, journal = self.spec.train.steps, self.sweep.journal
@@ -500,12 +502,11 @@ class Driver(Session):
             span = f"{min(begun):,}" if min(begun) == max(begun) else f"{min(begun):,} to {max(begun):,}"
             where = f", {len(begun)} saved at step {span} of {steps:,}"
         fresh = len(at) - len(begun)
-        self.say(
-            f"stopped: of {len(self.sweep.saes)} SAEs {done} done{where}"
+        return (
+            f"of {len(self.sweep.saes)} SAEs {done} done{where}"
             + (f", {fresh} not begun" if fresh else "")
             + ("" if left else "; what is left is to evaluate them")
         )
-        self.say(f"go on with: penstock resume {self.spec.name} --home {self.home.path}")
 
     def _collect(self) -> None:
         found = self.fleet.collect()
@@ -533,15 +534,15 @@ class Driver(Session):
                 if self._first_step is None:
                     self._first_step = time.time() - self._started
                 at = f"step {event['step']}" if event["step"] else "its first step"
-                self.say(f"pack {event['pack_id']} is at {at}")
+                super().say(f"pack {event['pack_id']} is at {at}")  # the chronicle has logged it
             elif event["kind"] == "time" and self._accounts is not None:
                 self._accounts.heed(event)
             elif event["kind"] == "log":
-                self.say(event["message"])
+                super().say(event["message"])
             elif event["kind"] == "fatal":
                 raise SweepError(event["reason"])
             elif event["kind"] == "stopped":
-                self.say(f"SAE {event['sae_id']} {event['status']}: {event['reason']}")
+                super().say(f"SAE {event['sae_id']} {event['status']}: {event['reason']}")
                 self._tokens_at[event["sae_id"]] = event.get("tokens", self._tokens_at.get(event["sae_id"], 0))
                 self._stopped[event["sae_id"]] = event["status"]
         self._pruner.decide()
@@ -603,7 +604,9 @@ class Driver(Session):
             "cost": cost,
             "home": str(self.home.path),
             "storage": self.storage.uri,
+            "folder": os.getcwd(),
             "job": self._job_id,
+            "job_stop_seconds": float(os.environ.get(JOB_STOP_SECONDS, 0)),
             "stopping": self._order.asked,
             "outcome": self._outcome,
             **self._chronicle.report(
