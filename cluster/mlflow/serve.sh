@@ -35,6 +35,10 @@ for secret in PGPASSWORD MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_K
   read_file "$secret"
 done
 
+for optional in MLFLOW_S3_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_DEFAULT_REGION; do
+  [[ -n ${!optional:-} ]] || unset "$optional" # set but empty, as compose files leave it, is an error to some of them
+done
+
 # ---- what has to be given
 database="${MLFLOW_BACKEND_STORE_URI:-}"
 case $database in
