@@ -73,7 +73,7 @@ held = [socket.socket() for _ in range(3)]
 for probe in held: probe.bind(("127.0.0.1", 0))
 print(*(probe.getsockname()[1] for probe in held))')
 host=$(hostname -s)
-cpus=$(nproc)
+cpus=$(getconf _NPROCESSORS_ONLN) # nproc would believe OMP_NUM_THREADS
 memory=$(awk '$1 == "MemTotal:" {printf "%d", $2 / 2048}' /proc/meminfo)
 export SLURM_CONF=$run/slurm.conf
 cat >"$SLURM_CONF" <<CONF
@@ -148,7 +148,7 @@ export PENSTOCK_HOME=$folder/home PENSTOCK_ROLES="model-host:1 pack:1" PENSTOCK_
 submit=(sbatch --parsable --nodes=2 --cpus-per-task="$cpus" --gpus-per-node=1 --mem=$((memory / 2)) --time=60)
 
 state() { squeue --noheader --jobs="$1" --format=%T 2>/dev/null || true; }
-count() { grep -c -- "$1" "$output" 2>/dev/null || true; }
+count() { if [[ -e $output ]]; then grep -c -- "$1" "$output" || true; else echo 0; fi; }
 
 # Waits until a line is in the job's output so often.
 wait_for_line() {
