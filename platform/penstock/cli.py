@@ -84,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = command("plan", _plan, "say what a sweep would take, and run nothing")
     plan.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
+    plan.add_argument(
+        "--address", metavar="A",
+        help="hold it against a running Ray cluster: http://HOST:8265 from anywhere, HOST:PORT or auto on a node",
+    )  # fmt: skip
+    plan.add_argument(
+        "--cluster", metavar="FILE", help="what its autoscaler may add: the YAML of ray up, or a RayCluster manifest"
+    )
 
     run = command("run", _run, "run a sweep from this terminal, on a local Ray or attached to a cluster")
     run.add_argument("spec", metavar="SPEC", help="the sweep's YAML file")
@@ -324,8 +331,13 @@ def _plan(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.sweep import plan_command
 
     _check_storage(arguments.spec, home)
-    print(plan_command(arguments.spec, home))
-    return 0
+    if arguments.cluster is not None and arguments.address is None:
+        raise SweepError("--cluster is given without --address: it says what the autoscaler of a running cluster may "
+                         "add; accepted: both")  # fmt: skip
+    _check_address("" if (arguments.address or "").startswith("http") else arguments.address or "")
+    text, status = plan_command(arguments.spec, home, arguments.address, arguments.cluster)
+    print(text)
+    return status
 
 
 def _check_storage(spec_path: str, home: Home) -> None:

@@ -79,14 +79,14 @@ def fair_shares(cluster: Cluster, demands: Iterable[Demand]) -> dict[str, Share]
 
 def _in_turns(room: Room, given: dict[str, int], wanted: Sequence[tuple[str, Request, int]]) -> None:
     """Give one more to whoever has least and can place it, the first of those that have equally many."""
-    open_ = [one for one in wanted if given[one[0]] < one[2]]
-    while open_:
-        open_.sort(key=lambda one: given[one[0]])  # stable: the order of their beginning
-        sweep_id, request, most = open_[0]
+    left = [one for one in wanted if given[one[0]] < one[2]]  # in the order of their beginning
+    while left:
+        one = min(left, key=lambda one: given[one[0]])  # the first of equals
+        sweep_id, request, most = one
         if room.take(request):
             given[sweep_id] += 1
         if given[sweep_id] >= most or not room.has_room(request):
-            open_.pop(0)
+            left.remove(one)
 
 
 @dataclass

@@ -88,9 +88,9 @@ class Sharing:
             self._fleet.stream.postpone.remote(trials.waiting)
         names, resources = ", ".join(self._names), self._spec.resources
         if share.packs:
-            self._tell(f"sharing the cluster with sweep {names}: {share.packs} of {trials.left} packs at once"
-                       if trials.left else "")  # fmt: skip
-        else:
+            many = f"{share.packs} of {trials.left} packs at once" if share.packs < trials.left else "all packs at once"
+            self._tell(f"sharing the cluster with sweep {names}: {many}")
+        elif trials.left:
             self._tell(f"waiting for sweep {names}: beside the least of these, the cluster has no room for a model "
                        f"host ({host_request(resources)}) and a pack ({pack_request(resources)})")  # fmt: skip
 

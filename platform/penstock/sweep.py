@@ -63,19 +63,32 @@ STATUS_SECONDS = 10.0
 OFF_TARGET = 0.1  # of target_l0: what is farther off is said
 
 
-def plan_command(spec_path: str | Path, home: Home) -> str:
-    """What `penstock plan` prints. It runs nothing, and tokenises where that has not been done: a run finds it so."""
+def plan_command(
+    spec_path: str | Path, home: Home, address: str | None = None, config: str | Path | None = None
+) -> tuple[str, int]:
+    """What `penstock plan` prints, for this machine or for the cluster at an address (see `live_cluster.look_at`), and
+    its exit status: 2 where a model host or a pack could never be placed there. It runs nothing, and tokenises where
+    that has not been done: a run finds it so."""
+    from penstock.live_cluster import is_impossible, look_at, placement_table, placements
+
     spec, model = read_sweep(spec_path)
+    live = look_at(address, config) if address is not None else None
     storage = Storage(home.storage_uri(spec.storage))
     say = partial(print, file=sys.stderr, flush=True)
     store = build_token_store(spec.data, spec.model, spec.train, storage, progress=say)
     sweep = ResolvedSweep(spec, model, store, storage, home)
     packs = plan_packs(spec, sweep.left())
+    cluster = this_machine() if live is None else live.cluster
     try:
-        return _describe(sweep, packs, this_machine().pack_slots(spec.resources))
+        text = _describe(sweep, packs, cluster.pack_slots(spec.resources))
     except SweepError as error:  # a spec for a cluster, planned on a laptop
-        note = f"warning    planned for a cluster where all packs run at once, since here: {error}"
-        return f"{_describe(sweep, packs, max(1, len(packs)))}\n{note}"
+        where = "here" if live is None else "there"
+        note = f"warning    planned for a cluster where all packs run at once, since {where}: {error}"
+        text = f"{_describe(sweep, packs, max(1, len(packs)))}\n{note}"
+    if live is None or address is None:
+        return text, 0
+    found = placements(live, spec.resources, len(packs))
+    return f"{text}\n{placement_table(live, found, address)}", 2 if is_impossible(live, found) else 0
 
 
 def run(

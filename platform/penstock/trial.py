@@ -115,12 +115,7 @@ def _run_worker_group(job: TrialJob, stream: Any, fence: Fence, client: StreamCl
     DataParallelTrainer(
         run_worker,
         train_loop_config={"job": job, "stream": stream, "fence": fence},
-        scaling_config=train.ScalingConfig(
-            num_workers=1,
-            use_gpu=job.resources.get("GPU", 0) > 0,
-            resources_per_worker=dict(job.resources),
-            label_selector=dict(job.labels) or None,
-        ),
+        scaling_config=one_worker(job.resources, job.labels),
         run_config=train.RunConfig(
             storage_path=job.storage.path("ray") if job.storage.is_local else f"{job.storage.uri}/ray",
             name=f"{job.pack_id}-{fence.run}",
@@ -152,6 +147,18 @@ def _death(pack_id: str, error: Exception) -> dict[str, Any]:
     lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()]
     what = f"the worker of pack {pack_id} died ({lines[-1] if lines else type(causes[0]).__name__})"
     return {"kind": "failure", "what": what, "done": "it is started again"}
+
+
+def one_worker(resources: Mapping[str, float], labels: Mapping[str, str]) -> Any:
+    """A Ray Train `ScalingConfig` of one worker that takes these of a node with these labels."""
+    from ray import train
+
+    return train.ScalingConfig(
+        num_workers=1,
+        use_gpu=resources.get("GPU", 0) > 0,
+        resources_per_worker=dict(resources),
+        label_selector=dict(labels) or None,
+    )
 
 
 def _give_up(job: TrialJob, stream: Any, fence: Fence, reason: str) -> dict[str, Any]:
@@ -242,6 +249,7 @@ class Trials:
         self._queue: Any = None
         self._stopping = False
         self._at_most = at_most
+        self._jobs = len(jobs)
         self._thread = threading.Thread(
             target=self._run, args=(jobs, stream, slots, storage, name), name="tune", daemon=True
         )
@@ -278,7 +286,7 @@ class Trials:
     @property
     def left(self) -> int:
         """Packs that have not ended."""
-        return 0 if self._queue is None else len(self._queue.waiting) + len(self._queue.running)
+        return self._jobs if self._queue is None else len(self._queue.waiting) + len(self._queue.running)
 
     @property
     def is_full(self) -> bool:
