@@ -4,6 +4,7 @@ fire for what really happens to it."""
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -81,13 +82,21 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory):
+def token():
+    """All that is started here shows Ray this token, but for Prometheus: metrics are not behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def head(token, tmp_path_factory):
     """A head that says it has a GPU, and a port of its own for each of its metrics: the usual ones may be taken."""
     first = free_port(7400)
-    with running_head(
-        tmp_path_factory.mktemp("head") / "log", "--num-gpus=1",
-        RAY_AUTH_MODE="disabled", AUTOSCALER_METRIC_PORT=str(first), DASHBOARD_METRIC_PORT=str(free_port(first + 1)),
-    ) as head:  # fmt: skip
+    ports = {"AUTOSCALER_METRIC_PORT": str(first), "DASHBOARD_METRIC_PORT": str(free_port(first + 1))}
+    with running_head(tmp_path_factory.mktemp("head") / "log", "--num-gpus=1", **ports) as head:
         yield head
 
 
@@ -100,7 +109,6 @@ def second_node(head):
          "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000",
          f"--temp-dir={head.folder}/second", "--disable-usage-stats"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
     yield process
     if process.poll() is None:
@@ -120,11 +128,12 @@ def prometheus(head, second_node, tmp_path_factory):
     config["rule_files"] = [str(GRAFANA / "alerts.yaml")]
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     log = folder / "log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data",
              f"--web.listen-address=127.0.0.1:{port}"],
-            stdout=output, stderr=output, start_new_session=True,
+            stdout=output, stderr=output, start_new_session=True, env=environment,
         )  # fmt: skip
     asked = Prometheus(f"http://127.0.0.1:{port}")
 
@@ -152,7 +161,7 @@ class Sweep:
         with self.log.open("w") as output:
             self.driver = subprocess.Popen(
                 [sys.executable, "-m", "penstock.cli", "run", spec, "--address", address, "--home", self.home],
-                stdout=output, stderr=output, cwd=folder, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+                stdout=output, stderr=output, cwd=folder,
             )  # fmt: skip
 
     def wait_for(self, condition, seconds=300.0):
