@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.errors import SweepError, UserError
 from penstock.front_table import JSON_KEYS, format_front, format_over_all, front_json
 from penstock.home import Home
-from penstock.redaction import redacted
+from penstock.redaction import redacted, without_user
 from penstock.text import figure, text_table
 
 if TYPE_CHECKING:
@@ -653,7 +653,7 @@ def _ui(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.tracking import has_database
 
     if home.tracking_uri.startswith(("http://", "https://")):
-        print(f"MLflow already runs at {home.tracking_uri}")
+        print(f"MLflow already runs at {without_user(home.tracking_uri)}")
         return 0
     if not has_database(home):
         raise SweepError(f"{home.path} holds no sweeps yet; `penstock run SPEC` makes one, --home looks elsewhere")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.errors import SweepError
-from penstock.redaction import redacted
+from penstock.redaction import redacted, without_user
 
 if TYPE_CHECKING:
     from penstock.storage import Storage
@@ -122,17 +122,18 @@ def recall(home: Home, sweep: str) -> tuple["Storage", str]:
 
 
 def _unanswered(uri: str) -> str | None:
+    import http.client
     import ssl
     import urllib.error
     import urllib.request
 
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
+        urllib.request.urlopen(f"{without_user(uri).rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
     except urllib.error.HTTPError:  # something answers
         return None
     except urllib.error.URLError as error:  # MLflow may know certificates that Python does not
         return None if isinstance(error.reason, ssl.SSLError) else f"no MLflow server answers there ({error.reason})"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"no MLflow server answers there ({error})"
     return None
 

@@ -59,8 +59,9 @@ def secrets_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[t
 
 
 def redacted(text: str) -> str:
-    """The text with `***` in place of passwords in URIs, keys that are known by their form, and the values of this
-    process's environment variables that are named like secrets (AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD, ...)."""
+    """The text with `***` in place of passwords in URIs, keys that are known by their form, and what this process's
+    environment holds: the values of variables that are named like secrets (AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD,
+    ...), and passwords in the URIs of others."""
     for value in _of_the_environment():
         text = text.replace(value, HIDDEN)
     text = _OPTION.sub(rf"\1{HIDDEN}", _PASSWORD.sub(rf"\1:{HIDDEN}@", text))
@@ -69,7 +70,13 @@ def redacted(text: str) -> str:
     return text
 
 
+def without_user(uri: str) -> str:
+    """The URI without the user and the password that it may have."""
+    return re.sub(r"(?<=://)[^\s/@]*@", "", _PASSWORD.sub("", uri))
+
+
 def _of_the_environment() -> list[str]:
     """Longest first, so that no value is cut in two by another that is a part of it."""
     found = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    found |= {match[2] for value in os.environ.values() if "://" in value for match in _PASSWORD.finditer(value)}
     return sorted((value for value in found if len(value) >= _LEAST_SECRET), key=len, reverse=True)
