@@ -36,6 +36,8 @@ class StreamClient:
         self._spool = spool
         self._events: list[dict[str, Any]] = []
         self._sent = time.monotonic()
+        self._next: Any = None  # the request for the next block, until its objects are on their way ...
+        self._coming: list[Any] = []  # ... and these
         self._last_call: Any = None
         self._report: Any = None
         self.stops: dict[str, str] = {}  # SAEs that have been decided to stop, and why, as far as it is known here
@@ -50,7 +52,7 @@ class StreamClient:
         request = self._request(first)
         for block in range(first, stop):
             arrays = self._fetch(request, block)
-            request = self._request(block + 1) if block + 1 < stop else None
+            self._next = request = self._request(block + 1) if block + 1 < stop else None
             yield block, arrays
             del arrays
             self._tell(self._stream.acknowledge, block)
@@ -78,7 +80,8 @@ class StreamClient:
         self.emit({"kind": "log", "message": f"pack {self._pack_id}: {message}"})
 
     def keep_alive(self) -> None:
-        """Send what was emitted, about once a second."""
+        """Send what was emitted, about once a second; have the next block come nearer. To be called at every step."""
+        self._fetch_ahead()
         if time.monotonic() - self._sent >= REPORT_SECONDS:
             self.flush(0.0)
 
@@ -165,11 +168,26 @@ class StreamClient:
                 for name in spooled:
                     self._drop(name, block)
             else:
+                self._coming = []
                 self.about["wait_seconds"] += time.perf_counter() - begun
                 self.about["spool_reads"] += bool(spooled)
                 return arrays
             self._tell_lost(block, lost, reason)
             request = self._request(block)
+
+    def _fetch_ahead(self) -> None:
+        """Have Ray bring the next block to this node, once it is there, while the pack trains on this one."""
+        if self._next is None or not ray.wait([self._next], timeout=0)[0]:
+            return
+        request, self._next = self._next, None
+        try:
+            found = ray.get(request) or {}
+        except Exception:  # whoever asks for the block meets it again
+            return
+        # Held until the block is asked for: without a reference nothing is fetched.
+        self._coming = [one for one in found.values() if not isinstance(one, str)]
+        if self._coming:
+            ray.wait(self._coming, num_returns=len(self._coming), timeout=0)
 
     def _drop(self, name: str, block: int) -> None:
         """Take a damaged block out of the spool, so that it is written again; one that can be read stays."""
