@@ -163,12 +163,20 @@ def _start_local() -> None:
 
 
 def describe_cluster() -> tuple[Cluster, int]:
-    """The alive nodes' resources and labels, and the bytes of the smallest object store."""
+    """The alive nodes and what the autoscaler may add, as far as that is known here, and the bytes of the smallest
+    object store."""
+    from penstock.live_cluster import growing, types_here
+
+    there = nodes()
+    stores = [node.resources.get("object_store_memory", 0.0) for node in there]
+    return growing(there, types_here()), int(min((size for size in stores if size), default=2**30))
+
+
+def nodes() -> list[Node]:
+    """The alive nodes."""
     import ray
 
-    nodes = tuple(Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
-    stores = [node.resources.get("object_store_memory", 0.0) for node in nodes]
-    return Cluster(nodes), int(min((size for size in stores if size), default=2**30))
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def free_nodes() -> list[Node]:

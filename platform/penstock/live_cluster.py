@@ -8,9 +8,11 @@ on a head node in the configuration that Ray's monitor was started with, on a Ku
 import contextlib
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def look_at(address: str, config: str | Path | None = None) -> LiveCluster:
     else:
         nodes, free = _from_a_node(address)
         types = types or types_here()
-    return LiveCluster(growing(nodes, types), tuple(free), may_grow=types is None and _was_launched(nodes))
+    cluster = growing(nodes, types)
+    return LiveCluster(cluster, tuple(free), may_grow=types is None and may_grow(cluster))
 
 
 def growing(nodes: Sequence[Node], types: tuple[tuple[NodeType, ...], int | None] | None) -> Cluster:
@@ -70,7 +73,7 @@ def growing(nodes: Sequence[Node], types: tuple[tuple[NodeType, ...], int | None
     if types is None:
         return Cluster(tuple(nodes))
     kinds, at_most = types
-    there = Counter(node.labels.get(GROUP_LABEL, "") for node in nodes)
+    there = Counter(_kind_of(node, kinds) for node in nodes)
     left = tuple(replace(kind, at_most=max(0, kind.at_most - there[kind.name])) for kind in kinds)
     workers = sum(there[kind.name] for kind in kinds)
     return Cluster(tuple(nodes), left, None if at_most is None else max(0, at_most - workers))
@@ -164,20 +167,32 @@ def _less(total: Mapping[str, float], usage: str) -> dict[str, float]:
 
 
 def _from_a_node(address: str) -> tuple[list[Node], list[Node]]:
-    from penstock.cluster import connect, describe_cluster, free_nodes
+    from penstock.cluster import connect, free_nodes, nodes
 
     connect(address)
     try:
-        return list(describe_cluster()[0].nodes), free_nodes()
+        return list(nodes()), free_nodes()
     finally:
         import ray
 
         ray.shutdown()
 
 
-def _was_launched(nodes: Iterable[Node]) -> bool:
-    """Whether a launcher that knows node types has started them."""
-    return any(node.labels.get(GROUP_LABEL) for node in nodes)
+def may_grow(cluster: Cluster) -> bool:
+    """Whether a launcher that knows node types has started the nodes: there may be an autoscaler that adds some."""
+    return any(node.labels.get(GROUP_LABEL) for node in cluster.nodes)
+
+
+def _kind_of(node: Node, kinds: Iterable[NodeType]) -> str:
+    """The type that a node is of, by what its launcher has told it, else by what it is."""
+    if group := node.labels.get(GROUP_LABEL):
+        return group
+    for kind in kinds:
+        labels = {key: value for key, value in kind.node.labels.items() if key != GROUP_LABEL}
+        same = all(node.resources.get(name, 0) == kind.node.resources.get(name, 0) for name in ("CPU", "GPU"))
+        if same and labels.items() <= node.labels.items():
+            return kind.name
+    return ""
 
 
 # ---- node types ----
@@ -226,7 +241,13 @@ def types_of(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int | Non
 
 
 def types_here() -> tuple[tuple[NodeType, ...], int | None] | None:
-    """What the autoscaler of this machine's cluster may add, where that can be found out here: on a head node."""
+    """What the autoscaler of this machine's cluster may add, where that can be found out here: on a head node. It is
+    looked up once a minute."""
+    return _types_in_minute(int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=1)
+def _types_in_minute(_minute: int) -> tuple[tuple[NodeType, ...], int | None] | None:
     with contextlib.suppress(Exception):  # whatever is wrong with it, the nodes that are there are known all the same
         config = _of_monitor() or _of_kuberay()
         if config is not None:

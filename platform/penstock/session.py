@@ -9,8 +9,9 @@ from typing import Any
 from penstock.errors import SweepError
 from penstock.fleet import Fleet
 from penstock.home import Home
+from penstock.live_cluster import may_grow
 from penstock.models import describe_model
-from penstock.placement import Cluster, Node
+from penstock.placement import MOST_SLOTS, Cluster, Node
 from penstock.plan import PlannedPack, memory_of_block, read_sweep
 from penstock.redaction import redacted
 from penstock.resolved import ResolvedSweep
@@ -44,7 +45,7 @@ class Session:
         self.home = home
         self.storage = Storage(home.storage_uri(self.spec.storage))
         self.fleet = Fleet(self.spec, self.storage, self.say)
-        self._own_ray = False
+        self._own_ray = self._joined = False
         self._store_bytes = 0
 
     def say(self, message: str) -> None:
@@ -62,14 +63,15 @@ class Session:
             # A local Ray takes seconds to start in processes of its own; the tokens are read meanwhile.
             store = beside.submit(self._build_store) if local else None
             self._own_ray = connect(address)
+            self._joined = True
             self._connected()
             cluster, self._store_bytes = describe_cluster()
-            if not local and len(cluster.nodes) > 1:
+            if not local and (len(cluster.nodes) > 1 or cluster.types or may_grow(cluster)):
                 self._refuse_local_paths()
-            self.most_slots = self.slots = cluster.pack_slots(self.spec.resources)
+            self.most_slots = self.slots = self._count_slots(cluster)
             self._make_room()
             self.fleet.scale(self.spec.resources.model_hosts)
-            self._say_hosts(cluster)
+            self.say(f"{len(self.fleet.hosts)} model host(s) booting")
             built = store.result() if store else self._build_store(parallel_map=map_on_cluster)
         self.sweep = ResolvedSweep(self.spec, self.model, built, self.storage, self.home)
 
@@ -80,7 +82,7 @@ class Session:
 
     def close(self) -> None:
         """Stop what was started."""
-        if self._own_ray or self.fleet.hosts:
+        if self._joined:
             import ray
 
             self.fleet.close()
@@ -92,9 +94,19 @@ class Session:
     def _make_room(self) -> None:
         """Before the first model host is asked for."""
 
-    def _say_hosts(self, cluster: Cluster) -> None:
-        hosts = f"{len(self.fleet.hosts)} model host(s)" if self.fleet.hosts else "no model host yet"
-        self.say(f"{hosts} booting" if self.fleet.hosts else hosts)
+    def _count_slots(self, cluster: Cluster) -> int:
+        """How many packs run at once, with nodes that the autoscaler adds. Raises `SweepError` when not even one ever
+        does; where it is not known what may be added that is for Ray to find out."""
+        resources = self.spec.resources
+        there = Cluster(cluster.nodes)
+        try:
+            there.pack_slots(resources)
+        except SweepError as error:
+            unknown = may_grow(cluster) and not cluster.types
+            slots = MOST_SLOTS if unknown else cluster.pack_slots(resources)
+            self.say(f"waiting for the autoscaler: {error}" + ("; what may be added is not known here" * unknown))
+            return slots
+        return MOST_SLOTS if may_grow(cluster) and not cluster.types else cluster.pack_slots(resources)
 
     def _build_store(self, **parallel: Any) -> TokenStore:
         return build_token_store(

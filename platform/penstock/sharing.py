@@ -150,9 +150,9 @@ class Sharing:
 
     def _free(self) -> tuple[Cluster, list[Any]]:
         """The cluster, and what of its nodes is in use by nobody."""
-        from penstock.cluster import describe_cluster, free_nodes
+        from penstock.cluster import free_nodes, nodes
 
-        return describe_cluster()[0], free_nodes()
+        return Cluster(tuple(nodes())), free_nodes()
 
     def _tell(self, message: str) -> None:
         if message and message != self._said:
