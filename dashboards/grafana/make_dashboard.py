@@ -14,6 +14,7 @@ FILE = Path(__file__).with_name("penstock.json")
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 SWEEP, CLUSTER = 'sweep=~"$sweep"', 'SessionName=~"$cluster"'
 GREEN, YELLOW, RED, GREY, BLUE = "green", "yellow", "red", "text", "blue"
+PALETTE, BY_VALUE = {"mode": "palette-classic"}, {"mode": "thresholds"}
 WIDTH = 24  # of Grafana's grid
 
 
@@ -100,7 +101,7 @@ def graph(title: str, about: str, unit: str, *queries: tuple[str, str], width: i
         "calcs": ["lastNotNull", "mean", "max"],
     }
     return panel(
-        "timeseries", title, about, width, 8, list(queries), unit, min=0, custom=custom,
+        "timeseries", title, about, width, 8, list(queries), unit, min=0, custom=custom, color=PALETTE,
         thresholds=None if line_at is None else steps((GREY, None), (RED, line_at)),
         options={"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}}, **options,
     )  # fmt: skip
@@ -114,7 +115,7 @@ def stat(title: str, about: str, unit: str, *queries: tuple[str, str], width: in
         "textMode": "value_and_name", "wideLayout": True,
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
     }  # fmt: skip
-    return panel("stat", title, about, width, height, list(queries), unit, options=shown, **options)
+    return panel("stat", title, about, width, height, list(queries), unit, options=shown, color=BY_VALUE, **options)
 
 
 def table(title: str, about: str, *columns: tuple[str, str, str, list[dict[str, Any]]], height: int) -> dict[str, Any]:

@@ -193,7 +193,10 @@ def test_alerts_say_of_which_sweep_they_are_and_what_to_type(rules, exported):
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt-get install prometheus)")
-@pytest.mark.parametrize("arguments", [("check", "rules", ALERTS), ("test", "rules", HERE / "alerts.test.yaml")])
+@pytest.mark.parametrize("arguments", [
+    ("check", "rules", ALERTS), ("check", "config", GRAFANA / "prometheus.yaml"),
+    ("test", "rules", HERE / "alerts.test.yaml"),
+])  # fmt: skip
 def test_alerts_are_rules_that_prometheus_takes_and_fire_when_they_should(arguments):
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -204,6 +207,38 @@ def test_every_alert_has_a_case_that_fires_it(rules):
     wanted = [sample for case in cases for one in case["promql_expr_test"] for sample in one["exp_samples"]]
     text = json.dumps([one for case in cases for one in case["promql_expr_test"] if one["exp_samples"]])
     assert wanted and all(rule["alert"] in text for rule in rules)
+
+
+# ---- scraping -------------------------------------------------------------------------------------------------------
+
+
+def test_no_scrape_drops_what_is_shown_and_none_is_too_slow(panels, rules):
+    (plain,) = yaml.safe_load((GRAFANA / "prometheus.yaml").read_text())["scrape_configs"]
+    pods = yaml.safe_load((GRAFANA / "podmonitor.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    used = " ".join([*expressions(panels), *(rule["expr"] for rule in rules)])
+    for relabelings in (plain["metric_relabel_configs"], *(endpoint["metricRelabelings"] for endpoint in pods)):
+        (dropped,) = (one["regex"] for one in relabelings if one["action"] == "drop")
+        assert not [name for name in SERIES.findall(used) if re.fullmatch(dropped, name)]
+        (label,) = (one["regex"] for one in relabelings if one["action"] == "labeldrop")
+        assert not [name for name in OF_RAY.union(*RAYS.values()) if re.fullmatch(label, name)]
+    assert {endpoint["interval"] for endpoint in pods} == {"10s"}
+
+
+def test_the_pod_monitor_names_the_ports_of_the_clusters_pods():
+    pods = yaml.safe_load((GRAFANA / "podmonitor.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    cluster = (GRAFANA.parents[1] / "cluster" / "kuberay" / "base" / "raycluster.yaml").read_text()
+    named = dict(re.findall(r"\{name: ([\w-]+), containerPort: (\d+)\}", cluster))
+    assert {endpoint["port"]: named[endpoint["port"]] for endpoint in pods} == {
+        "metrics": "8080", "as-metrics": "44217", "dash-metrics": "44227",
+    }  # fmt: skip
+
+
+def test_the_readme_makes_the_rules_of_an_operator_from_the_alerts(rules):
+    (command,) = re.findall(r"    (\(printf .*?)\| kubectl", (GRAFANA / "README.md").read_text(), re.DOTALL)
+    made = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=GRAFANA.parents[1], check=True)
+    manifest = yaml.safe_load(made.stdout)
+    assert (manifest["kind"], manifest["metadata"]["name"]) == ("PrometheusRule", "penstock")
+    assert manifest["spec"]["groups"][0]["rules"] == rules
 
 
 # ---- the figures ----------------------------------------------------------------------------------------------------
