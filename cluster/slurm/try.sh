@@ -2,8 +2,9 @@
 # Tries penstock.sbatch on a real Slurm: munge, slurmctld and two slurmd of this machine alone, in a scratch folder, as
 # whoever runs it. One sweep meets a time limit (it saves, stops, and is requeued), a scancel, and is submitted again.
 #
-#     cluster/slurm/try.sh [FOLDER]      # FOLDER keeps the sweep and the logs; else they go with everything else
+#     cluster/slurm/try.sh [--quick] [FOLDER]    # FOLDER keeps the sweep and the logs; else they go with everything else
 #
+# --quick brings Slurm up and submits only what is refused: seconds, no Ray.
 # Needs Debian's slurm-wlm and munge (apt-get install slurm-wlm), 2 CPUs and 6 GB. Nothing of the machine's own Slurm or
 # munge is touched. Exit status 0: all of it went as it should.
 
@@ -14,6 +15,12 @@ project=$(cd "$here/../.." && pwd)
 export PENSTOCK_PYTHON=${PENSTOCK_PYTHON:-$project/.venv/bin/python}
 export PYTHONPATH=$project:$project/platform:$project/dashboards OMP_NUM_THREADS=1
 patience=${TRY_SECONDS:-1500} # for any one thing to happen
+
+quick=
+if [[ ${1:-} == --quick ]]; then
+  quick=yes
+  shift
+fi
 
 begun=$SECONDS
 say() { printf '[%4d s] %s\n' $((SECONDS - begun)) "$*"; }
@@ -48,6 +55,7 @@ output=
 
 stop_slurm() {
   local status=$? file pids=()
+  set +e
   trap - EXIT
   scancel --user="$(id -un)" 2>/dev/null && sleep 3
   for file in "$run"/slurmd-*.pid "$run/slurmctld.pid" "$run/munged.pid"; do
@@ -63,7 +71,7 @@ stop_slurm() {
   say "Slurm is down; exit status $status"
   exit "$status"
 }
-trap 'set +e; stop_slurm' EXIT
+trap stop_slurm EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
@@ -187,12 +195,24 @@ sys.exit("answered without a token")
 PYTHON
 }
 
-say "a spec that is not there"
-output=$folder/slurm-refused.out
-job=$(sbatch --parsable --nodes=1 --cpus-per-task=1 --mem=100 --output="$output" "$here/penstock.sbatch" nowhere.yaml)
-wait_for_end "$job"
-tail -n 1 "$output"
-expect "it is refused, exit status 2" test "$(exit_of "$job")" = 2
+# Submits a job that ends with a message and exit status 2.
+refused() {
+  say "$1"
+  output=$folder/refused.out
+  rm -f "$output"
+  job=$(sbatch --parsable --nodes=2 --cpus-per-task=1 --mem=100 --output="$output" "$here/penstock.sbatch" "$2")
+  wait_for_end "$job"
+  tail -n 1 "$output"
+  expect "it is refused, exit status 2" test "$(exit_of "$job")" = 2
+}
+
+refused "a spec that is not there" nowhere.yaml
+sed "s|^storage:.*|storage: $folder/store|" sweep.yaml >local.yaml
+refused "two nodes, and a path of one machine in the spec" local.yaml
+if [[ -n $quick ]]; then
+  say "that is all of --quick"
+  exit 0
+fi
 
 say "the sweep, on two nodes, in a job whose time limit will come near"
 job=$("${submit[@]}" --output="$folder/slurm-%j.out" "$here/penstock.sbatch" sweep.yaml)
