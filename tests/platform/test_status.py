@@ -16,7 +16,17 @@ from penstock.errors import SweepError
 from penstock.fence import Pulse
 from penstock.home import Home, remember
 from penstock.resolved import ResolvedSweep
-from penstock.status import ask_for_hosts, control_file, describe, look, show, status_file
+from penstock.status import (
+    Standing,
+    ask_for_hosts,
+    control_file,
+    describe,
+    describe_all,
+    look,
+    show,
+    status_file,
+    status_of,
+)
 from penstock.storage import Storage
 from penstock.stream import Stream
 from penstock.stream_state import StreamState
@@ -63,6 +73,13 @@ def standing(**changes) -> dict:
         "machine": "the-driver", "saes": 7, "left": 5, "tokens": 1_000_000,
         "tokens_at": {EARLY: [500_000, 250_000], LATE: [0, 0, 0], "blocks.2.hook_mlp_out": []},
         "packs": {"pack-early": [EARLY, 2], "pack-late": [LATE, 3]}, "sae_tokens_per_second": 3750.4,
+        "stopped": {"diverged": 1}, "eta_seconds": 7500.0, "share": {"slots": 2, "sweeps": ["a", "b", "c"]},
+        "rates": {"seconds": 60.0, "sae_tokens_per_second": 5000.0, "harvested_tokens_per_second": 900.0,
+                  "packs": {"pack-early": 2500.0, "pack-late": None}},
+        "failures": [{"time": 7.0, "what": "the worker of pack-early died (SIGKILL)",
+                      "done": "started again from step 8"}],
+        "failures_total": 1, "stopping": False, "outcome": {}, "home": "/h", "storage": "/h", "folder": "/",
+        "job": None, "job_stop_seconds": 0.0,
         "cost": {"blocks_made": 1, "blocks_remade": 2, "blocks_lost": 3, "spool_hits": 4, "forward_passes": 1234,
                  "harvested_tokens": 65536}, "stream": stream_status(),
     } | changes  # fmt: skip
@@ -102,16 +119,21 @@ def test_the_report_of_a_running_sweep_is_told_in_full(home, capsys):
     assert f"{EARLY}  [#########...............]  37%  2 SAEs\n" in out
     assert f"{LATE}  [........................]   0%  3 SAEs\n" in out
     assert "blocks.2.hook_mlp_out     nothing left to train\n" in out
-    assert "1,000,000 tokens an SAE, 3,750 SAE-tokens/s\n" in out
+    assert "SAEs   2 training, 3 not begun, 2 done before, 1 diverged\n" in out
+    assert "tokens 1,000,000 an SAE; 5,000 SAE-tokens/s lately (3,750 on average), 900 harvested\n" in out
+    assert "\nshare  2 pack(s) at once, 3 sweeps on the cluster\n" in out
+    assert "\nabout 2 h 5 min left, evaluation included\n" in out
     assert "hosts  host-a  working on block 1\n       host-b  idle\n" in out
     assert "       host-c  broken: the model cannot be read\n       host-d  starting\n" in out
     assert "window 1 of 4 blocks in the object store (1 arrays)" in out
     rows = [re.split(r"\s{2,}", line) for line in out.splitlines() if line.startswith("pack")]
     assert rows == [
-        ["pack", "hook point", "SAEs", "status", "block", "lag", "waited so far", "spool reads"],
-        ["pack-early", EARLY, "2", "live", "1 of 40", "0", "10%", "3"],
-        ["pack-late", LATE, "3", "live", "0 of 40", "1", "0%", "-"],
+        ["pack", "hook point", "SAEs", "status", "block", "lag", "waits", "tok/s"],
+        ["pack-early", EARLY, "2", "live", "1/40", "0", "10%", "2,500"],
+        ["pack-late", LATE, "3", "live", "0/40", "1", "0%", "-"],
     ]
+    assert "failures  1 so far:\n  00:00:07Z  the worker of pack-early died (SIGKILL)\n" in out
+    assert "             -> started again from step 8\n" in out
     assert "cost   1 blocks made, 2 made again, 3 lost; 4 spool hits\n" in out
     assert "1,234 forward passes, 65,536 tokens harvested" in out
 
@@ -148,10 +170,10 @@ def test_waiting_is_measured_between_two_reports(home):
     storage_of(home).write_json(status_file(ID), {"time": before.report["time"] + 6.0, **report})
     text = describe(look(home, "demo"), before)
     rows = [re.split(r"\s{2,}", line) for line in text.splitlines() if "  live  " in line]
-    assert "waited in 6 s" in text and [(row[0], row[6]) for row in rows] == [
+    assert [(row[0], row[6]) for row in rows] == [
         ("pack-early", "25%"), ("pack-late", "100%"), ("half-a-pack", "50%"),
     ]  # fmt: skip
-    assert rows[2][1:3] == ["part of a pack that was split", "-"]
+    assert rows[2][1:3] == ["half of a pack", "-"]
 
 
 def test_a_pack_that_starts_again_counts_its_waiting_from_zero(home):
@@ -176,7 +198,7 @@ def test_following_ends_when_the_sweep_does(home, capsys, monkeypatch):
     assert len(blocks) >= 3 and all(block.endswith("\n") for block in blocks)  # a blank line apart
     assert "\x1b" not in "".join(blocks)
     assert "phase train" in blocks[-2] and re.search(r"\nended \d s ago, after 3 min 2", blocks[-1])
-    assert "the command that started it goes on where it stands" in blocks[-1]
+    assert "it has no results yet: penstock resume demo goes on where it stands" in blocks[-1]
 
 
 def test_following_as_json_is_an_object_a_line(home, capsys, monkeypatch):
@@ -229,12 +251,19 @@ def on_a_terminal(home: Home, size: tuple[int, int], end) -> tuple[int, str]:
         os.close(ours)
 
 
+def plain(line: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[\d+m", "", line)
+
+
 def test_a_terminal_is_redrawn_in_place_and_never_scrolls(home):
     with pulse(home) as report:
         status, got = on_a_terminal(home, (12, 50), lambda process: report.update(phase="ended"))
     first, *_, last = got.split("\x1b[H")[1:]
     lines = first.replace("\x1b[K", "").removesuffix("\x1b[J").split("\r\n")
-    assert status == 0 and len(lines) == 12 and max(map(len, lines)) == 50  # the cursor ends on the twelfth
+    assert len(lines) == 12 and max(map(len, map(plain, lines))) == 50  # the cursor ends on the twelfth
+    assert status == 1  # it has ended without a word on what it has come to
+    assert "\x1b[1msweep demo" in first
     assert got.count("\x1b[2J") == 1
     assert "spool hits" in last and "ended" in last  # the last one is whole
 
@@ -276,7 +305,7 @@ def test_scaling_asks_the_driver_and_says_what_comes(home, capsys):
         assert main(["scale", "demo", "--model-hosts", "6", "--home", str(home.path)]) == 0
     assert storage_of(home).read_json(control_file(ID)) == {"model_hosts": 6}
     out = capsys.readouterr().out
-    assert "6 model host(s) asked for, 4 there now" in out and "penstock status demo --follow" in out
+    assert "6 model host(s) asked for, 4 there now" in out and "penstock status demo --watch" in out
 
 
 @pytest.mark.parametrize(
@@ -322,3 +351,68 @@ def test_the_status_needs_neither_ray_nor_mlflow_nor_torch(home):
     command = [sys.executable, "-c", code, "status", "demo", "--home", str(home.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_everything_fits_eighty_columns():
+    long = standing(packs={"pack-early": ["blocks.31.attn.hook_result_of_a_long_name", 128], "pack-late": [LATE, 3]})
+    table = describe(Standing("demo", ID, time.time(), {"time": time.time(), **long})).split("\n\n")[3]
+    assert table.startswith("pack ") and "blocks.31.at.." in table
+    assert max(map(len, table.splitlines())) <= 80
+    every = [Standing("a-name-of-a-sweep-that-is-long", ID, time.time(), {"time": time.time(), **long})]
+    assert max(map(len, describe_all(every).splitlines())) <= 80
+
+
+def ended(outcome: dict, phase: str = "ended", published: bool = False) -> Standing:
+    return Standing("demo", ID, 100.0, {"time": 90.0, **standing(phase=phase, outcome=outcome)}, published)
+
+
+@pytest.mark.parametrize(
+    ("one", "status", "said"),
+    [
+        (ended({"status": "finished", "exit_status": 0}, published=True), 0, "what came out: penstock front demo"),
+        (ended({"status": "failed", "exit_status": 1}), 1, "some SAEs failed: .*penstock resume demo tries them again"),
+        (ended({"status": "failed", "exit_status": 2, "reason": "SweepError: no host is left"}), 2,
+         "failed: SweepError: no host is left\nit has no results yet: penstock resume demo"),
+        (ended({"status": "stopped", "exit_status": 3, "reason": "the sweep was stopped: SIGTERM",
+                "left": "of 7 SAEs 2 done, 5 saved at step 8 of 100"}, "stopped"), 3,
+         "stopped: the sweep was stopped: SIGTERM\nof 7 SAEs 2 done, 5 saved at step 8 of 100; go on with: penstock"),
+        (ended({}), 1, "it has no results yet"),
+        (Standing("demo", ID, 500.0, {"time": 90.0, **standing()}), 1, "if it is dead: penstock resume demo"),
+        (Standing("demo", ID, 100.0, {"time": 90.0, **standing()}), None, "phase train"),
+        (Standing("demo", ID, 100.0, {"time": 99.0, **standing(stopping=True)}), None, "stopping: every pack saves"),
+    ],
+)  # fmt: skip
+def test_an_outcome_is_told_and_is_the_exit_status_of_watching(one, status, said):
+    assert status_of(one) == status
+    assert re.search(said, describe(one))
+
+
+def test_without_a_name_all_sweeps_are_shown_those_that_run_first(home, capsys, tmp_path):
+    grow_old(home, 8000.0, phase="stopped", outcome={"status": "stopped", "exit_status": 3})
+    for number, name in enumerate(["young", "lost", "silent"]):
+        sweep_id = f"{number}" * 12
+        storage = Storage(tmp_path / "elsewhere")
+        remember(home, name, sweep_id, storage)
+        if name != "silent":
+            age = 1.0 if name == "young" else 500.0
+            report = standing(name=name, sweep_id=sweep_id)
+            storage.write_json(status_file(sweep_id), {"time": time.time() - age, **report})
+    assert main(["status", "--home", str(home.path)]) == 0
+    header, _, *rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert header == ["sweep", "id", "state", "SAEs", "trained", "SAE-tok/s", "left", "heard of"]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("young", "train"), ("lost", "lost"), ("demo", "stopped"), ("silent", "not reported"),
+    ]  # fmt: skip
+    assert rows[0][3:7] == ["7", "15%", "5,000", "2 h 5 min"] and rows[1][5:7] == ["-", "-"]
+    assert main(["status", "--json", "--home", str(home.path)]) == 0
+    found = json.loads(capsys.readouterr().out)["sweeps"]
+    assert [one["phase"] for one in found] == ["train", "train", "stopped", None]
+    assert main(["status", "--home", str(tmp_path / "empty")]) == 0
+    assert capsys.readouterr().out == "no sweeps yet\n"
+
+
+def test_colours_are_left_out_where_they_are_not_wanted(home, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pulse(home) as report:
+        _, got = on_a_terminal(home, (40, 150), lambda process: report.update(phase="ended"))
+    assert not re.search(r"\x1b\[\d+m", got)
