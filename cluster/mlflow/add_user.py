@@ -71,7 +71,9 @@ def main() -> None:
     given = "" if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     password = given or secrets.token_urlsafe(18)
     if arguments.reset:
-        call("PATCH", "2.0/mlflow/users/update-password", username=arguments.name, password=password)
+        own = arguments.name == os.environ.get("MLFLOW_TRACKING_USERNAME")
+        known = {"current_password": os.environ.get("MLFLOW_TRACKING_PASSWORD", "")} if own else {}
+        call("PATCH", "2.0/mlflow/users/update-password", username=arguments.name, password=password, **known)
     else:
         call("POST", "2.0/mlflow/users/create", username=arguments.name, password=password)
     print(f"{arguments.name}: {'the password is set' if given else f'password {password}'}")

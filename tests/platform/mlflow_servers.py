@@ -18,7 +18,7 @@ from pathlib import Path
 
 import sqlalchemy
 
-_START_SECONDS, _STOP_SECONDS = 120, 20
+_START_SECONDS, _STOP_SECONDS = 300, 20
 
 
 def free_port() -> int:
