@@ -56,16 +56,19 @@ def look_at(address: str, config: str | Path | None = None) -> LiveCluster:
     """The cluster at an address: `http://HOST:8265` from any machine, which joins nothing, or `HOST:PORT` and `auto` on
     one of its nodes. `config` names a file with its autoscaler's node types.
 
-    Raises `SweepError` when nothing answers there, or wants another token, or when the file holds no node types.
+    Raises `SweepError` when nothing answers there, or wants another token, when no node is up yet, or when the file
+    holds no node types.
     """
-    types = None if config is None else read_types(config)
+    types, scales = None if config is None else read_types(config), False
     if address.startswith(("http://", "https://")):
-        nodes, free = _through_dashboard(address)
+        nodes, free, scales = _through_dashboard(address)
     else:
         nodes, free = _from_a_node(address)
         types = types or types_here()
+    if not nodes:
+        raise SweepError(f"--address {address!r}: no node of the cluster is up yet; accepted: again in a few seconds")
     cluster = growing(nodes, types)
-    return LiveCluster(cluster, tuple(free), may_grow=types is None and may_grow(cluster))
+    return LiveCluster(cluster, tuple(free), may_grow=types is None and (scales or may_grow(cluster)))
 
 
 def growing(nodes: Sequence[Node], types: tuple[tuple[NodeType, ...], int | None] | None) -> Cluster:
@@ -143,7 +146,8 @@ def is_impossible(live: LiveCluster, found: Iterable[Placement]) -> bool:
 # ---- nodes ----
 
 
-def _through_dashboard(address: str) -> tuple[list[Node], list[Node]]:
+def _through_dashboard(address: str) -> tuple[list[Node], list[Node], bool]:
+    """(nodes, what is free of them, whether an autoscaler with node types of its own is at work)."""
     from penstock.dashboard import Dashboard
 
     dashboard = Dashboard(address)
@@ -154,7 +158,9 @@ def _through_dashboard(address: str) -> tuple[list[Node], list[Node]]:
         Node(_less(node.resources, used.get(about["node_id"], "")), node.labels)
         for node, about in zip(nodes, found, strict=True)
     ]
-    return nodes, free
+    status = dashboard.get("/api/cluster_status").get("data", {}).get("clusterStatus") or {}
+    kinds = ((status.get("autoscalerReport") or {}).get("nodeTypeMapping") or {}).values()
+    return nodes, free, any(not kind.startswith("node_") for kind in kinds)  # by node where it has no types
 
 
 def _less(total: Mapping[str, float], usage: str) -> dict[str, float]:

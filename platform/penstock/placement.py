@@ -15,7 +15,7 @@ MOST_SLOTS = 10_000
 _EPSILON = 1e-6
 # What every Ray node has and nobody places by.
 _UNSHOWN_RESOURCES = ("memory", "object_store_memory", "node:")
-_UNSHOWN_LABELS = ("ray.io/node-id",)
+_UNSHOWN_LABELS = ("ray.io/node-id", "ray.io/node-group")
 
 
 @dataclass(frozen=True)
