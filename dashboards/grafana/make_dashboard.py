@@ -47,6 +47,12 @@ def of_cluster(name: str, where: str = "") -> str:
     return f"sum({name}{{{CLUSTER}{where}}}) or vector(0)"
 
 
+def by_gpu(expression: str) -> str:
+    """A figure of each GPU that Ray can read; a line at 0 where there is none."""
+    none = 'label_replace(vector(0), "GpuDeviceName", "no GPU", "", "")'
+    return f"avg by (instance, GpuIndex, GpuDeviceName) ({expression}) or {none}"
+
+
 # ---- panels ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +166,7 @@ BAR = [{"id": "custom.cellOptions", "value": {"type": "gauge", "mode": "basic"}}
 RED_FROM_1 = [{"id": "thresholds", "value": steps((GREY, None), (RED, 1))},
               {"id": "custom.cellOptions", "value": {"type": "color-text"}}]  # fmt: skip
 BY_NAME, BY_PACK = "{{name}} ({{sweep}})", "{{name}} {{pack}}"
+BY_GPU = "{{GpuDeviceName}} {{GpuIndex}} {{instance}}"
 STATES_OF_HOSTS = coloured(working=GREEN, idle=BLUE, starting=YELLOW, broken=RED)
 STATES_OF_PACKS = coloured(training=GREEN, starting=YELLOW, lost_its_lease=RED, ended=GREY)
 STATUS_OF_SAES = coloured(training=GREEN, trained=BLUE, done_before=GREY, waiting=YELLOW, pruned="purple", diverged=RED,
@@ -406,11 +413,23 @@ ROWS: list[tuple[str, bool, list[dict[str, Any]]]] = [
                 "How busy each GPU is, as its driver says. Low on a host or pack that is the bottleneck: "
                 "look at its data, block size or batch. One line at 0 where Ray finds no GPU.",
                 "percentunit",
+                (by_gpu(f"ray_node_gpus_utilization{{{CLUSTER}}} / 100"), BY_GPU),
+                width=8,
+                max=1,
+            ),
+            graph(
+                "GPU memory",
+                "Share of each GPU's memory in use. Much of it free on a pack: a larger train.micro_batch_tokens, or "
+                "more SAEs a pack.",
+                "percentunit",
                 (
-                    f"avg by (instance, GpuIndex, GpuDeviceName) (ray_node_gpus_utilization{{{CLUSTER}}}) / 100"
-                    ' or label_replace(vector(0), "GpuDeviceName", "no GPU", "", "")',
-                    "{{GpuDeviceName}} {{GpuIndex}} {{instance}}",
+                    by_gpu(
+                        f"ray_node_gram_used{{{CLUSTER}}} / (ray_node_gram_used{{{CLUSTER}}} + "
+                        f"ray_node_gram_available{{{CLUSTER}}})"
+                    ),
+                    BY_GPU,
                 ),
+                width=8,
                 max=1,
             ),
             graph(
@@ -419,6 +438,7 @@ ROWS: list[tuple[str, bool, list[dict[str, Any]]]] = [
                 "short",
                 (of_cluster("ray_resources", ', Name="GPU", State="USED"'), "in use"),
                 (of_cluster("ray_resources", ', Name="GPU"'), "in all"),
+                width=8,
                 axis="GPUs",
             ),
             graph(

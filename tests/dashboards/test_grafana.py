@@ -19,13 +19,16 @@ ALERTS = GRAFANA / "alerts.yaml"
 # Labels that Ray 2.60 exports with every metric, beside the tags of its own, and what Prometheus adds.
 OF_RAY = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "instance", "job"}
 # Ray's own metrics, as `test_prometheus.py` has found them at a real head (of GPUs as Ray's source has them).
+OF_GPUS = {"GpuIndex", "GpuDeviceName", "GpuUuid", "ip", "RayNodeType", "IsHeadNode"}
 RAYS = {
     "ray_resources": {"Name", "State"},
     "ray_object_store_memory": {"Location", "ObjectState"},
     "ray_object_store_used_memory": set(),
     "ray_object_store_available_memory": set(),
     "ray_cluster_active_nodes": {"node_type"},
-    "ray_node_gpus_utilization": {"GpuIndex", "GpuDeviceName", "GpuUuid", "ip", "RayNodeType", "IsHeadNode"},
+    "ray_node_gpus_utilization": OF_GPUS,
+    "ray_node_gram_used": OF_GPUS,
+    "ray_node_gram_available": OF_GPUS,
     "ray_node_failure_total": set(),
     "ray_node_manager_unexpected_worker_failure_total": {"Type", "Name"},
     "ray_memory_manager_worker_eviction_total": {"Type", "Name"},
