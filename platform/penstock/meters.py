@@ -35,7 +35,7 @@ HOST_STATES = ("working", "idle", "starting", "broken")
 PACK_STATES = {"expected": "starting", "live": "training", "gone": "lost its lease", "done": "ended"}
 
 PHASES = ("start", "train", "search", "evaluate")
-# Of SAEs: before, while and after they are trained in this attempt; `done before`: by an earlier one, or another sweep.
+# Of SAEs: before, while and after they are trained; `done before`: in an earlier round, attempt or sweep.
 TRAINED = ("done before", "waiting", "training", "trained")
 STOPPED = ("pruned", "diverged", "failed")
 UNFIT_FROM = 0.1  # of its tokens: before that an SAE's explained variance may well be below 0
@@ -213,7 +213,7 @@ def sae_counts(report: Mapping[str, Any]) -> dict[str, int]:
     """How many SAEs stand where, from a driver's report; every status is there, if only with 0."""
     at = [tokens for of_hook_point in report["tokens_at"].values() for tokens in of_hook_point]
     counts = dict.fromkeys((*TRAINED, *STOPPED), 0)
-    counts["done before"] = report["saes"] - report["left"]
+    counts["done before"] = report["saes"] - len(at) - sum(report["stopped"].values())
     counts["waiting"] = sum(tokens == 0 for tokens in at)
     counts["trained"] = sum(tokens >= report["tokens"] for tokens in at)
     counts["training"] = len(at) - counts["waiting"] - counts["trained"]

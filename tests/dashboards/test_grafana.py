@@ -272,7 +272,7 @@ class Kept:
 
 
 REPORT = {
-    "name": "front", "phase": "train", "started": 1000.0, "saes": 10, "left": 8, "tokens": 400,
+    "name": "front", "phase": "train", "started": 1000.0, "saes": 10, "tokens": 400,
     "tokens_at": {"a": [0, 100, 400], "b": [200, 400], "c": []}, "stopped": {"diverged": 2, "pruned": 1},
     "sae_tokens_per_second": 5.0, "eta_seconds": None, "share": {"slots": None, "sweeps": []},
 }  # fmt: skip
