@@ -118,9 +118,20 @@ def test_roles_are_given_to_nodes_in_their_order():
 
 
 def test_an_allocation_that_ray_cannot_fill_is_refused():
-    assert "accepted is 1" in refused("nodes=(a); check_allocation", SLURM_NTASKS_PER_NODE="8")
-    assert "--gpus-per-node" in refused("nodes=(a b); check_allocation", SLURM_GPUS="8")
-    printed("nodes=(a); check_allocation", SLURM_GPUS="8", SLURM_NTASKS_PER_NODE="1")
+    one, two = 'nodes=(a) groups=(""); check_allocation', 'nodes=(a b) groups=("" ""); check_allocation'
+    assert "accepted is 1" in refused(one, SLURM_NTASKS_PER_NODE="8")
+    assert "--gpus-per-node" in refused(two, SLURM_GPUS="8")
+    printed(one, SLURM_GPUS="8", SLURM_NTASKS_PER_NODE="1")
+    mixed = "nodes=(a b c) groups=(0 1 1); check_allocation"
+    assert "--ntasks-per-node is 4" in refused(mixed, SLURM_NTASKS_PER_NODE_HET_GROUP_1="4")
+    printed(mixed, SLURM_NTASKS_PER_NODE_HET_GROUP_0="1", SLURM_GPUS_PER_NODE_HET_GROUP_1="4")
+
+
+def test_a_component_of_a_heterogeneous_job_has_its_own_memory():
+    variables = {"SLURM_MEM_PER_NODE": "1000", "SLURM_MEM_PER_NODE_HET_GROUP_1": "3000", "SLURM_MEM_PER_CPU": "7"}
+    commands = 'env "${without[@]}" "${with[@]}" bash -c "echo \\$SLURM_MEM_PER_NODE \\${SLURM_MEM_PER_CPU:-none}"'
+    assert printed(f"variables_of 1; {commands}", **variables).split() == ["3000", "none"]
+    assert printed(f"variables_of ''; {commands}", **variables).split() == ["1000", "7"]
 
 
 def test_memory_is_what_slurm_granted_and_the_store_a_share_of_it():
