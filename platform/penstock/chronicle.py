@@ -76,7 +76,8 @@ class Chronicle:
             self.saved |= event["saes"]
             for step in sorted(set(event["saes"].values())):
                 of = [sae_id for sae_id, at in event["saes"].items() if at == step]
-                self.log.add(f"pack {pack}: {len(of)} SAEs saved at step {step:,}", pack=pack, of=of)
+                text = f"pack {pack}: {len(of)} SAE{'s' if len(of) > 1 else ''} saved at step {step:,}"
+                self.log.add(text, pack=pack, of=of)
         elif kind == "halted":
             self.failures.ended([pack])
             text = f"pack {pack} has ended at step {event['step']:,} as it was told to ({event['why']})"

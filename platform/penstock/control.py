@@ -124,7 +124,8 @@ def resume(
     if standing.has_ended and standing.published:
         print(f"sweep {sweep} ({standing.sweep_id}) has finished; what came out: penstock front {sweep}")
         return 0
-    print(f"sweep {sweep} ({standing.sweep_id}) {_about(standing)}", flush=True)
+    name = sweep if standing.report is None else standing.report["name"]
+    print(f"sweep {name} ({standing.sweep_id}) {_about(standing)}", flush=True)
     if not as_job:
         assert isinstance(where, Near) and where.storage is not None
         from penstock.sweep import run
@@ -135,12 +136,9 @@ def resume(
     from penstock.dashboard import Dashboard
     from penstock.submit import submit_again
 
-    name = sweep
     if isinstance(where, Far):
         assert standing.report is not None
-        home, name = Home(Path(standing.report["home"])), standing.report["name"]
-    elif standing.report is not None:
-        name = standing.report["name"]
+        home = Home(Path(standing.report["home"]))
     return submit_again(
         home, Dashboard(str(address)), standing.sweep_id, name, follow, allow_code_change=allow_code_change
     )

@@ -137,6 +137,7 @@ class Driver(Session):
         self._asked_at = 0.0
         self._tracker: Any = None
         self._tokens_at: dict[str, int] = {}
+        self._tokens_before: dict[str, int] = {}  # that an SAE had been trained on when this driver found it
         self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
@@ -546,6 +547,8 @@ class Driver(Session):
             elif event["kind"] == "started":
                 if self._first_step is None:
                     self._first_step = time.time() - self._started
+                for sae_id in event["sae_ids"]:
+                    self._tokens_before.setdefault(sae_id, event["step"] * self.spec.train.batch_tokens)
                 at = f"step {event['step']}" if event["step"] else "its first step"
                 super().say(f"pack {event['pack_id']} is at {at}")  # the chronicle has logged it
             elif event["kind"] == "time" and self._accounts is not None:
@@ -592,7 +595,6 @@ class Driver(Session):
     def _standing(self) -> dict[str, Any]:
         """How the sweep stands, for `penstock status`. Called from the pulse's thread, hence the copies."""
         tokens_at, cost, stopped = dict(self._tokens_at), dict(self._cost), dict(self._stopped)
-        trained = sum(tokens_at.values())
         return {
             "name": self.spec.name,
             "sweep_id": self.sweep.sweep_id,
@@ -613,7 +615,7 @@ class Driver(Session):
             },
             "stopped": dict(Counter(stopped.values())),
             "packs": {pack.pack_id: [pack.hook_point, len(pack.saes)] for pack in self.packs},
-            "sae_tokens_per_second": trained / max(1e-9, time.time() - self._started - (self._first_step or 0.0)),
+            "sae_tokens_per_second": self._average_rate(tokens_at),
             "cost": cost,
             "home": str(self.home.path),
             "storage": self.storage.uri,
@@ -638,9 +640,13 @@ class Driver(Session):
             at = [self._tokens_at.get(sae.sae_id, 0) for sae in here]
             if at:
                 per_hook.append(f"{site.label} {100 * sum(at) / len(at) / self._run_tokens:.0f}%")
-        done = sum(self._tokens_at.values())
-        rate = done / max(1e-9, time.time() - self._started - (self._first_step or 0.0))
+        rate = self._average_rate(self._tokens_at)
         self.say(f"training: {', '.join(per_hook)} of {self._run_tokens:,} tokens; {rate:,.0f} SAE-tokens/s")
+
+    def _average_rate(self, tokens_at: dict[str, int]) -> float:
+        """SAE-tokens a second since the first step, of those that this driver has seen made."""
+        made = sum(tokens - self._tokens_before.get(sae_id, 0) for sae_id, tokens in tokens_at.items())
+        return max(0, made) / max(1e-9, time.time() - self._started - (self._first_step or 0.0))
 
     @property
     def _run_tokens(self) -> int:
