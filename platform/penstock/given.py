@@ -377,7 +377,7 @@ class _Rows:
 
 
 def _name_in_folder(name: str) -> str:
-    if Path(name).name != name:
+    if name in ("", "..") or Path(name).name != name:
         raise ValueError(f"{_STATE} names {name!r}, which leads out of the folder")
     return name
 

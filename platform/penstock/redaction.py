@@ -13,6 +13,7 @@ from typing import Any
 HIDDEN = "***"
 _LEAST_SECRET = 8  # characters of an environment variable's value; what is shorter stands in other texts by chance
 _SECRET_VARIABLE = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|SECRET_KEY)$")
+_LEAST_PART = 4  # of a password that holds / or @
 # user:password@ of a URI; the password may hold / and @. What looks like HOST:PORT/...@ is none.
 _PASSWORD = re.compile(r"(?<=://)([^/\s:@'\"]*):(?!\d+/)([^\s'\"]*)@")
 _OPTION = re.compile(
@@ -78,5 +79,11 @@ def without_user(uri: str) -> str:
 def _of_the_environment() -> list[str]:
     """Longest first, so that no value is cut in two by another that is a part of it."""
     found = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
-    found |= {match[2] for value in os.environ.values() if "://" in value for match in _PASSWORD.finditer(value)}
-    return sorted((value for value in found if len(value) >= _LEAST_SECRET), key=len, reverse=True)
+    found = {value for value in found if len(value) >= _LEAST_SECRET}
+    for value in os.environ.values():
+        for match in _PASSWORD.finditer(value) if "://" in value else ():
+            # Where / and @ stand in a password as they are, libraries take parts of it for a host or a path.
+            parts = re.split("[/@]", match[2])
+            found |= {part for part in parts if len(part) >= (_LEAST_SECRET if len(parts) == 1 else _LEAST_PART)}
+            found |= {match[2]} if len(match[2]) >= _LEAST_SECRET else set()
+    return sorted(found, key=len, reverse=True)
