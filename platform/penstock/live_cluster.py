@@ -24,6 +24,7 @@ from penstock.spec import ResourceSpec
 
 # Ray puts a node's type here, where a launcher has told it.
 GROUP_LABEL = "ray.io/node-group"
+START_SECONDS = 30.0  # a dashboard answers before it knows of the first node
 _USAGE = re.compile(r"\s*([0-9.]+)/([0-9.]+) ([^\s(]+)")
 _SHAPES = "the YAML of `ray up` (available_node_types), or a manifest with a RayCluster or RayJob"
 
@@ -151,7 +152,10 @@ def _through_dashboard(address: str) -> tuple[list[Node], list[Node], bool]:
     from penstock.dashboard import Dashboard
 
     dashboard = Dashboard(address)
-    found = dashboard.nodes()
+    found, deadline = dashboard.nodes(), time.monotonic() + START_SECONDS
+    while not found and time.monotonic() < deadline:
+        time.sleep(1.0)
+        found = dashboard.nodes()
     used = dashboard.get("/nodes", view="summary").get("data", {}).get("nodeLogicalResources", {})
     nodes = [Node(node["resources_total"], node.get("labels") or {}) for node in found]
     free = [
