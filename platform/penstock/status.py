@@ -366,7 +366,7 @@ def _outcome(standing: Standing) -> list[str]:
         return [f"what came out: penstock front {standing.sweep}"]
     if outcome.get("exit_status") == 1:
         return [f"some SAEs failed: penstock front {standing.sweep}; penstock resume {standing.sweep} tries them again"]
-    failed = [f"failed: {outcome['reason']}"] if outcome.get("reason") else []
+    failed = [f"{outcome['status']}: {outcome['reason']}"] if outcome.get("reason") else []
     return [*failed, f"it has no results yet: penstock resume {standing.sweep} goes on where it stands"]
 
 

@@ -202,6 +202,8 @@ class Driver(Session):
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             self._outcome = {"status": "failed", "exit_status": 2, "reason": redacted(reason)}
+            if isinstance(error, KeyboardInterrupt):
+                self._outcome = {"status": "interrupted", "exit_status": 130, "reason": "it was interrupted"}
             self._chronicle.log.add(f"the sweep has failed: {reason}", detail=traceback.format_exc())
             if self._tracker is not None:
                 self._tracker.interrupt(reason)
