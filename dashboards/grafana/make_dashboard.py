@@ -168,7 +168,7 @@ RED_FROM_1 = [{"id": "thresholds", "value": steps((GREY, None), (RED, 1))},
 BY_NAME, BY_PACK = "{{name}} ({{sweep}})", "{{name}} {{pack}}"
 BY_GPU = "{{GpuDeviceName}} {{GpuIndex}} {{instance}}"
 STATES_OF_HOSTS = coloured(working=GREEN, idle=BLUE, starting=YELLOW, broken=RED)
-STATES_OF_PACKS = coloured(training=GREEN, starting=YELLOW, lost_its_lease=RED, ended=GREY)
+STATES_OF_PACKS = coloured(training=GREEN, starting=YELLOW, no_step_for_too_long=RED, ended=GREY)
 STATUS_OF_SAES = coloured(training=GREEN, trained=BLUE, done_before=GREY, waiting=YELLOW, pruned="purple", diverged=RED,
                           failed="dark-red")  # fmt: skip
 
@@ -327,7 +327,7 @@ ROWS: list[tuple[str, bool, list[dict[str, Any]]]] = [
             ),
             graph(
                 "Packs",
-                "Packs that train, start or wait for room, hang (lost its lease: no step for too long), or have "
+                "Packs that train, start or wait for room, have made no step for too long, or have "
                 "ended. Several sweeps share a cluster fairly: see the next panel.",
                 "short",
                 (f"sum by (state) ({gauge('packs', 'state')})", "{{state}}"),

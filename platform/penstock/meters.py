@@ -32,7 +32,7 @@ COUNTED_OF_PACKS = {
 }
 HOST_STATES = ("working", "idle", "starting", "broken")
 # What `Member.status` says, as people who watch call it.
-PACK_STATES = {"expected": "starting", "live": "training", "gone": "lost its lease", "done": "ended"}
+PACK_STATES = {"expected": "starting", "live": "training", "gone": "no step for too long", "done": "ended"}
 
 PHASES = ("start", "train", "search", "evaluate")
 # Of SAEs: before, while and after they are trained; `done before`: in an earlier round, attempt or sweep.
@@ -91,7 +91,7 @@ class Meters:
         self._window = tagged.gauge("window_occupancy", "blocks in the object store, as a share of the window")
         self._window_blocks = tagged.gauge("window_blocks", "blocks that may stand in the object store")
         self._hosts = tagged.gauge("model_hosts", "model hosts that work, idle, start, or could not be built", "state")
-        self._packs = tagged.gauge("packs", "packs that start, train, have lost their lease, or have ended", "state")
+        self._packs = tagged.gauge("packs", "packs that start, train, hang, or have ended", "state")
         self._paused = tagged.gauge("packs_paused", "packs in a pause they have announced: a checkpoint, an export")
         self._lag = tagged.gauge("consumer_lag_blocks", "blocks that a pack is behind the foremost one", "pack")
         self._progress = tagged.gauge("pack_progress", "share of the run's blocks that a pack has behind it", "pack")
