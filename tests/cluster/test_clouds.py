@@ -48,7 +48,7 @@ def machine_type(node: Config) -> str:
 
 
 def is_spot(node: Config) -> bool:
-    scheduling = {key: value for part in node["node_config"].get("scheduling", []) for key, value in part.items()}
+    scheduling = node["node_config"].get("scheduling", {})
     market = node["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
     return market == "spot" or scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
 
@@ -78,6 +78,17 @@ def test_ray_takes_the_file(cloud: str) -> None:
     validate_config(prepared(cloud))
     assert set(given(cloud)) <= set(prepared(cloud))
     assert prepared(cloud)["docker"] == {}
+
+
+def test_ec2_takes_every_nodes_settings() -> None:
+    """By the request's own model, as botocore checks it before it sends anything."""
+    botocore = pytest.importorskip("botocore.session")
+    from botocore.validate import ParamValidator
+
+    asked = botocore.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for name, kind in given("aws")["available_node_types"].items():
+        request = kind["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        assert not (report := ParamValidator().validate(request, asked)).has_errors(), (name, report.generate_report())
 
 
 @pytest.mark.parametrize(
@@ -152,8 +163,7 @@ def test_hosts_are_on_spot_machines_and_nothing_else_is(cloud: str) -> None:
     assert given(cloud)["provider"]["cache_stopped_nodes"] is False, "a stopped spot machine does not come back"
     if cloud == "gcp":  # machines with GPUs cannot be moved while they run
         for name in ("model-host", "pack"):
-            parts = kinds[name]["node_config"]["scheduling"]
-            assert {part.get("onHostMaintenance") for part in parts} == {"TERMINATE"}
+            assert kinds[name]["node_config"]["scheduling"]["onHostMaintenance"] == "TERMINATE"
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
