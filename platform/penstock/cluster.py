@@ -1,8 +1,11 @@
 """Starting a local Ray, or joining a cluster, with what Penstock needs set on both."""
 
+import contextlib
 import importlib
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,7 +147,8 @@ def _start_local() -> None:
         raise SweepError("Ray was imported before a sweep could ask it for a token, without which anybody on this "
                          "network could run code here; accepted: RAY_AUTH_MODE=token in the environment, or `import "
                          "ray` after the sweep has begun")  # fmt: skip
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        _keep_token_private()
     # A pack needs a handful of processes; on few cores Ray would start them one after another.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     # It watches for nodes that a cloud is about to take back, at the price of a process a pack.
@@ -160,6 +164,27 @@ def _start_local() -> None:
         _node_ip_address="127.0.0.1",
         **_QUIET,
     )
+
+
+def _keep_token_private() -> None:
+    """See that ~/.ray/auth_token, where it is the token, can be read by this user alone. Ray makes that file readable
+    for everybody on the machine, and whoever reads it can run code here."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # Ray says what is wrong with it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+            return
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # of mode 600
+        try:
+            with open(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+            os.link(temporary, path)  # whole at once; not where another process was first
+        finally:
+            os.unlink(temporary)
 
 
 def describe_cluster() -> tuple[Cluster, int]:
