@@ -57,7 +57,7 @@ from common import (
 )
 
 from penstock.cluster import ENVIRONMENT
-from penstock.session import WINDOW_LIMITS, WINDOW_SHARE
+from penstock.session import WINDOW_LIMITS, window_of
 
 NAMES = ("measured", "beside", "simulated")
 VERSIONS = ("penstock", "ray", "mlflow", "numpy")
@@ -131,11 +131,6 @@ def regimes(size: Size) -> list[Any]:
         window = window_of(STORE_BYTES, block_bytes, n)
         made.append(Regime(name, harvest, step, block_bytes, window, size.warm_up, size.measured, per_node))
     return made
-
-
-def window_of(store_bytes: float, block_bytes: float, hosts: int) -> int:
-    """As `Session.window` has it."""
-    return int(min(max(store_bytes * WINDOW_SHARE // block_bytes, WINDOW_LIMITS[0]), WINDOW_LIMITS[1]))
 
 
 # ---- measured -------------------------------------------------------------------------------------------------------
@@ -285,6 +280,7 @@ def simulate_all(size: Size, seconds_a_call: float) -> list[dict[str, Any]]:
                 "lifted": [{"limit": limit, "efficiency": one.rate / kind.most(n)} for limit, one in chain[1:]],
                 "actor_busy": first.actor_busy, "network_busy": first.network_busy,
                 "code_ms": 1e3 * first.code_seconds, "reply_bytes": first.reply_bytes,
+                "leases_lost": first.leases_lost,
             }  # fmt: skip
             rows.append(row)
             print(f"[{time.strftime('%H:%M:%S')}] {kind.name}, {n} node(s): {row['efficiency']:.2f} "

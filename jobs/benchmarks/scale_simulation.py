@@ -6,6 +6,9 @@ once. So the loop is the actor's one thread: while it is busy, everybody waits.
 """
 
 import asyncio
+import contextlib
+import heapq
+import io
 import pickle
 import selectors
 import time
@@ -15,7 +18,7 @@ from typing import Any
 
 from penstock.meters import Meters
 from penstock.stream import BlockInfo, Stream
-from penstock.stream_state import StreamState
+from penstock.stream_state import LeaseLostError, StreamState
 
 ARRAY = "blocks.12.hook_resid_post"
 REPORT_SECONDS, COLLECT_SECONDS, METERS_SECONDS = 1.0, 0.5, 1.0
@@ -48,14 +51,15 @@ class Setting:
 @dataclass(frozen=True)
 class Outcome:
     """Blocks a second that every pack was trained on; shares of the time that the actor, and the busiest host's
-    network, were busy; `code_seconds`: CPU seconds of the stream's code a hand-out; `reply_bytes` of the driver's
-    question how things stand."""
+    network, were busy; `code_seconds`: CPU seconds of the stream's code a hand-out; `reply_bytes` of the
+    answer to the driver's question how things stand; leases that packs have lost."""
 
     rate: float
     actor_busy: float
     network_busy: float
     code_seconds: float
     reply_bytes: int
+    leases_lost: int
 
 
 class _SkippedTime(selectors.DefaultSelector):
@@ -90,24 +94,73 @@ class _Loop(asyncio.SelectorEventLoop):
         self.charged += seconds
 
 
+class _Sender:
+    """What one node sends. Copies under way at once share its network alike: Ray sends a chunk of each in
+    turn."""
+
+    def __init__(self, loop: _Loop, copy_seconds: float) -> None:
+        self._loop, self._copy_seconds = loop, copy_seconds
+        self._share = 0.0  # seconds of the network that each copy under way since the start would have had ...
+        self._at = 0.0  # ... by now
+        self._ends: list[tuple[float, int, asyncio.Future[float]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._sent, self.busy = 0, 0.0
+
+    def send(self, now: float) -> "asyncio.Future[float]":
+        """Its result is when the copy has arrived."""
+        self._advance(now)
+        self._sent += 1
+        arrived = self._loop.create_future()
+        heapq.heappush(self._ends, (self._share + self._copy_seconds, self._sent, arrived))
+        self._set_timer()
+        return arrived
+
+    def _advance(self, now: float) -> None:
+        while self._ends:
+            first = self._at + (self._ends[0][0] - self._share) * len(self._ends)
+            until = min(first, max(now, self._at))
+            self._share += (until - self._at) / len(self._ends)
+            self.busy += until - self._at
+            self._at = until
+            if first > now:
+                return
+            self._share, _, arrived = heapq.heappop(self._ends)
+            if not arrived.done():
+                arrived.set_result(first)
+        self._at = max(now, self._at)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ends:
+            first = self._at + (self._ends[0][0] - self._share) * len(self._ends)
+            self._timer = self._loop.call_at(first, self._tick, first)
+
+    def _tick(self, due: float) -> None:
+        self._advance(max(due, self._loop.time()))
+        self._set_timer()
+
+
 class _Network:
-    """What hosts send, one copy after the other; a copy a node."""
+    """Blocks on their way; a copy a node."""
 
-    def __init__(self, setting: Setting) -> None:
-        self._seconds = 0.0 if NETWORK in setting.freed else setting.block_bytes / setting.nic_bytes
-        self._free_at = [0.0] * setting.nodes
-        self._there_at: dict[tuple[int, int], float] = {}
-        self.busy = [0.0] * setting.nodes
+    def __init__(self, loop: _Loop, setting: Setting) -> None:
+        self._free = NETWORK in setting.freed
+        self._senders = [_Sender(loop, setting.block_bytes / setting.nic_bytes) for _ in range(setting.nodes)]
+        self._coming: dict[tuple[int, int], asyncio.Future[float]] = {}
 
-    def there_at(self, host: int, block: int, node: int, asked_at: float) -> float:
-        """When a block that a node asks for has come from its host's."""
-        if host == node:
-            return asked_at
-        if (block, node) not in self._there_at:
-            self._free_at[host] = max(self._free_at[host], asked_at) + self._seconds
-            self._there_at[block, node] = self._free_at[host]
-            self.busy[host] += self._seconds
-        return max(asked_at, self._there_at[block, node])
+    async def bring(self, host: int, block: int, node: int, now: float) -> float:
+        """When a block that a node asks for now is there."""
+        if host == node or self._free:
+            return now
+        if (block, node) not in self._coming:
+            self._coming[block, node] = self._senders[host].send(now)
+        return max(now, await self._coming[block, node])
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the busiest host was sending."""
+        return max(sender.busy for sender in self._senders)
 
 
 class _Host:
@@ -131,7 +184,8 @@ def simulate(setting: Setting, warm_up: int, measured: int) -> Outcome:
     loop = _Loop(CODE not in setting.freed)
     try:
         asyncio.set_event_loop(loop)
-        return loop.run_until_complete(_run(loop, setting, warm_up, measured))
+        with contextlib.redirect_stdout(io.StringIO()):  # the stream says when a pack loses its lease
+            return loop.run_until_complete(_run(loop, setting, warm_up, measured))
     finally:
         asyncio.set_event_loop(None)
         loop.close()
@@ -139,40 +193,59 @@ def simulate(setting: Setting, warm_up: int, measured: int) -> Outcome:
 
 async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Outcome:
     n_blocks, n_packs = warm_up + measured, setting.nodes * setting.packs_per_node
-    call = 0.0 if CALLS in setting.freed else setting.call_seconds
+    call_seconds = 0.0 if CALLS in setting.freed else setting.call_seconds
     state = StreamState(n_blocks, n_blocks + 2 if WINDOW in setting.freed else setting.window)
     packs = {f"pack-{index:05}": (ARRAY,) for index in range(n_packs)}
     state.expect(packs, 0, {})
     state.open_cohort(0, loop.time())
-    stream, network = Stream(state, clock=loop.time), _Network(setting)
+    stream, network = Stream(state, clock=loop.time), _Network(loop, setting)
     meters = Meters("simulated")
     ends = [0.0] * n_blocks
-    calls: set[asyncio.Task[Any]] = set()
+    tasks: set[asyncio.Task[Any]] = set()
 
-    def tell(question: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        """A call of the actor, which takes its turn; the caller goes on."""
-
-        async def answered() -> tuple[float, Any]:
-            loop.charge(call)
-            found = await question
-            return loop.time(), found
-
-        calls.add(task := asyncio.ensure_future(answered()))
-        task.add_done_callback(calls.discard)
+    def start(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        tasks.add(task := asyncio.ensure_future(work))
+        task.add_done_callback(tasks.discard)
         return task
+
+    async def call(method: Callable[..., Coroutine[Any, Any, Any]], *about: Any) -> Any:
+        """A call of the actor, which takes its turn."""
+        loop.charge(call_seconds)
+        return await method(*about, 0)
+
+    async def tell(method: Callable[..., Coroutine[Any, Any, Any]], *about: Any) -> None:
+        with contextlib.suppress(LeaseLostError):  # it hears of it when it asks for its next block
+            await call(method, *about)
+
+    async def find(pack_id: str, block: int) -> tuple[float, int]:
+        """When it is known which host has the block, and which."""
+        while True:
+            try:
+                if (found := await call(stream.next_block, pack_id, block)) is not None:
+                    return loop.time(), found[ARRAY]
+            except LeaseLostError:
+                await call(stream.attach, pack_id, (ARRAY,), block)
+
+    async def fetch(pack_id: str, node: int, block: int) -> float:
+        answered, host = await find(pack_id, block)
+        return await network.bring(host, block, node, answered)
 
     async def pack(pack_id: str, node: int) -> None:
         # A pack is a process of its own: `now` is its time, which the loop, while the actor is busy, is behind.
-        now, _ = await tell(stream.attach(pack_id, (ARRAY,), 0, 0))
-        ahead, said = tell(stream.next_block(pack_id, 0, 0)), now
+        await call(stream.attach, pack_id, (ARRAY,), 0)
+        now = said = loop.time()
+        request = fetch if setting.prefetch else find
+        about = (node,) if setting.prefetch else ()
+        ahead = start(request(pack_id, *about, 0))
         for block in range(n_blocks):
-            while (answer := await ahead)[1] is None:
-                ahead = tell(stream.next_block(pack_id, block, 0))
-            asked_at = answer[0] if setting.prefetch else max(now, answer[0])
-            now = max(now, network.there_at(answer[1][ARRAY], block, node, asked_at))
+            if setting.prefetch:
+                now = max(now, await ahead)
+            else:
+                answered, host = await ahead
+                now = await network.bring(host, block, node, max(now, answered))
             await asyncio.sleep(now - loop.time())
             if block + 1 < n_blocks:
-                ahead = tell(stream.next_block(pack_id, block + 1, 0))
+                ahead = start(request(pack_id, *about, block + 1))
             done = now + setting.step_seconds
             while now < done:
                 report_at = max(now, said + REPORT_SECONDS)
@@ -180,9 +253,10 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
                 await asyncio.sleep(now - loop.time())
                 if now == report_at:
                     said = now
-                    tell(stream.report(pack_id, [], {"wait_seconds": 0.0, "spool_reads": 0}, 0.0, 0))
+                    start(tell(stream.report, pack_id, [], {"wait_seconds": 0.0, "spool_reads": 0}, 0.0))
             ends[block] = max(ends[block], now)
-            tell(stream.acknowledge(pack_id, block, 0))
+            start(tell(stream.acknowledge, pack_id, block))
+        start(tell(stream.detach, pack_id))
 
     async def ask(seconds: float, question: Callable[[], None]) -> None:
         while True:
@@ -190,7 +264,7 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
             question()
 
     def collect() -> None:
-        loop.charge(call)
+        loop.charge(call_seconds)
         replies.append(stream.status())
 
     replies: list[Any] = []
@@ -199,13 +273,13 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
         asyncio.ensure_future(ask(COLLECT_SECONDS, collect)),
         asyncio.ensure_future(ask(METERS_SECONDS, lambda: meters.update(stream))),
     ]
-    hosts = {f"host-{index}": _Host(index, loop, setting, call) for index in range(setting.nodes)}
+    hosts = {f"host-{index}": _Host(index, loop, setting, call_seconds) for index in range(setting.nodes)}
     await stream.set_hosts(hosts)
     begun = loop.time()
     await asyncio.gather(*(pack(pack_id, index // setting.packs_per_node) for index, pack_id in enumerate(packs)))
     passed = loop.time() - begun
     code = loop.code_seconds
-    unfinished = {*others, *calls}
+    unfinished = {*others, *tasks}
     while unfinished:  # of those that wait with a timeout, one whose turn has just come takes no notice
         for task in unfinished:
             task.cancel()
@@ -213,9 +287,10 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
     return Outcome(
         rate=measured / (ends[-1] - ends[warm_up - 1]),
         actor_busy=(loop.charged + (0.0 if CODE in setting.freed else code)) / passed,
-        network_busy=max(network.busy) / passed,
+        network_busy=network.busy / passed,
         code_seconds=code / (n_blocks * n_packs),
         reply_bytes=len(pickle.dumps(replies[-1])) if replies else 0,
+        leases_lost=sum("its lease ends" in event.get("message", "") for event in (await stream.collect())["mail"]),
     )
 
 

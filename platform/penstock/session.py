@@ -29,6 +29,13 @@ def this_machine() -> Cluster:
     return Cluster((Node({"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}),))
 
 
+def window_of(store_bytes: float, block_bytes: float, model_hosts: int) -> int:
+    """Blocks of a window: as many as a share of an object store holds, within limits, and for more hosts than a few two
+    each: one that it makes, one that still waits for its readers."""
+    least, most = WINDOW_LIMITS
+    return int(min(max(store_bytes * WINDOW_SHARE // block_bytes, least), max(most, 2 * model_hosts)))
+
+
 class Session:
     """A spec (a file's path, or one that has been read), and the cluster it runs on. `sweep` and `slots` (how many
     packs run at once) are there once `join` is done; alone on the cluster it would run `most_slots`."""
@@ -78,7 +85,7 @@ class Session:
     def window(self, packs: list[PlannedPack]) -> int:
         """How many blocks may stand in the object store beyond the slowest consumer."""
         block = max(1, memory_of_block(self.spec, self.model, packs))
-        return int(min(max(self._store_bytes * WINDOW_SHARE // block, WINDOW_LIMITS[0]), WINDOW_LIMITS[1]))
+        return window_of(self._store_bytes, block, self.spec.resources.model_hosts)
 
     def close(self) -> None:
         """Stop what was started."""
