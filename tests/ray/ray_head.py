@@ -75,7 +75,7 @@ def running_head(log: Path, *options: str, **environment: str) -> Iterator[Head]
         process = subprocess.Popen(
             [Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
              "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-             f"--dashboard-agent-listen-port={agent}",
+             f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={free_port(agent + 1)}",
              "--object-store-memory=400000000", f"--temp-dir={temporary}", "--disable-usage-stats", *options],
             stdout=output, stderr=output, env=environment, start_new_session=True, cwd=temporary,
         )  # fmt: skip
