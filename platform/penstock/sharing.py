@@ -43,7 +43,7 @@ class Sharing:
         if not others:
             return slots
         self._fleet.limit(0)
-        share = self._shares(self._mine(packs=slots, live=0), others)[self._sweep_id]
+        share = self._share = self._shares(self._mine(packs=slots, live=0), others)[self._sweep_id]
         self._say(f"other sweeps are at work on this cluster: {', '.join(self._names)}; it is shared with them")
         return max(1, min(slots, share.packs))
 
@@ -67,12 +67,13 @@ class Sharing:
             self._keep_to(shares[self._sweep_id], trials, at_work)
             self._give_back(shares, others, trials, at_work)
             mine = self._mine(packs, len(at_work))
-        elif self._share is not None:
-            self._share, self._short_since = None, None
+        else:
             self._fleet.limit(None)
             if trials is not None:
                 trials.at_most = math.inf
-            self._tell("the cluster is no longer shared with other sweeps")
+            if self._share is not None:
+                self._tell("the cluster is no longer shared with other sweeps")
+            self._share, self._short_since = None, None
         self._fleet.stream.set_demand.remote(mine.to_json())
 
     def _keep_to(self, share: Share, trials: Trials | None, at_work: list[str]) -> None:

@@ -1,6 +1,8 @@
 import itertools
+import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 
 from penstock.placement import Cluster, Node, Request, Room, host_request, pack_request
 from penstock.shares import Demand, Generosity, Share, fair_shares
+from penstock.sharing import Sharing
 from penstock.spec import ResourceSpec
 from penstock.stream_state import BARRIER_SECONDS, StreamState
+from penstock.trial import YIELD
 
 EMPTY = Room(Cluster(()))
 
@@ -187,6 +191,109 @@ def test_packs_are_given_back_once_in_a_while_and_never_all():
             packs.append(f"p{now:.0f}")
     gaps = [after - before for before, after in itertools.pairwise(yields)]
     assert len(yields) > 20 and min(gaps) >= 180.0
+
+
+# ---- a driver's part ----
+
+
+class Known(Sharing):
+    """The driver's part, with what the other sweeps want given."""
+
+    others, cluster = (), Cluster(())
+
+    def _others(self):
+        self._names = tuple(one.name for one in self.others)
+        return list(self.others)
+
+    def _shares(self, mine, others):
+        return fair_shares(self.cluster, [mine, *others])
+
+    def _free(self):
+        return self.cluster, [Node({}) for _ in self.cluster.nodes]
+
+
+class Told:
+    """Takes every remote call, and keeps the last one's arguments by its name."""
+
+    def __init__(self):
+        self.heard = {}
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=lambda *given: self.heard.__setitem__(name, given))
+
+
+class Hosts:
+    """What a driver has of its model hosts and its stream."""
+
+    def __init__(self):
+        self.wanted, self.hosts_up, self.at_most, self.stream, self.halted = 0, [], None, Told(), []
+
+    def limit(self, at_most):
+        self.at_most = at_most
+
+    def halt_packs(self, packs, why):
+        self.halted += packs
+        return why == YIELD
+
+
+def a_driver(yield_after_seconds=0):
+    spec = SimpleNamespace(name="mine", resources=ResourceSpec(yield_after_seconds=yield_after_seconds))
+    said = []
+    sharing, hosts = Known(spec, 5.0, fleet := Hosts(), said.append), fleet
+    trials = SimpleNamespace(at_most=math.inf, left=4, waiting=["c", "d"], is_full=True)
+    return sharing, hosts, trials, said
+
+
+def at_work(*packs):
+    return {"packs": {pack: {"status": "live"} for pack in packs}}
+
+
+def test_a_sweep_alone_keeps_to_nothing():
+    sharing, hosts, trials, said = a_driver()
+    assert sharing.begin(slots=3) == 3 and hosts.at_most is None
+    sharing.demand("mine", packs=4)
+    sharing.look(trials, at_work("a", "b"), now=True)
+    assert trials.at_most == math.inf and said == [] and sharing.report == {"slots": None, "sweeps": []}
+    [told] = hosts.stream.heard["set_demand"]
+    assert (told["packs"], told["running"]) == (4, 2)
+
+
+def test_who_comes_later_asks_for_no_host_before_there_is_room_and_has_all_when_the_first_ends():
+    sharing, hosts, trials, said = a_driver()
+    sharing.cluster, sharing.others = cluster_of(6), [demand("first")]
+    assert sharing.begin(slots=5) == 2 and hosts.at_most == 0
+    assert said == ["other sweeps are at work on this cluster: sweep first; it is shared with them"]
+    sharing.others = []  # it ends before the second has looked again
+    sharing.look(trials, at_work(), now=True)
+    assert hosts.at_most is None and trials.at_most == math.inf
+    assert said[-1] == "the cluster is no longer shared with other sweeps"
+
+
+def test_a_sweep_keeps_to_its_share_and_gives_back_what_is_beyond():
+    sharing, hosts, trials, said = a_driver()
+    sharing.cluster = cluster_of(6)
+    sharing.demand("mine", packs=4)
+    sharing.others = [demand("other", since=9.0, short_since=1.0)]
+    sharing.look(trials, at_work("a", "b", "e"), now=True)
+    assert trials.at_most == 2 and hosts.at_most == 1 and len(hosts.halted) == 1
+    assert said == ["sharing the cluster with sweep sweep other: 2 of 4 packs at once",
+                    f"sweep sweep other waits for its share: 1 pack(s) are saved, end, and go on when there is room "
+                    f"again: {hosts.halted[0]}"]  # fmt: skip
+    assert hosts.stream.heard["postpone"] == (["c", "d"],)
+    assert sharing.report == {"slots": 2, "sweeps": ["sweep other"]}
+
+
+def test_a_sweep_for_which_there_is_no_room_gives_its_hosts_up_unless_a_pack_is_at_work():
+    """Two that began at the same time may have taken everything for hosts: the later one lets go."""
+    sharing, hosts, trials, said = a_driver()
+    sharing.cluster, sharing.others = cluster_of(2), [demand("first")]
+    sharing.demand("mine", packs=4)
+    sharing.look(trials, at_work(), now=True)
+    assert hosts.at_most == 0 and trials.at_most == 0 and said[-1].startswith("waiting for sweep sweep first: beside")
+    sharing.look(trials, at_work("a"), now=True)
+    assert hosts.at_most == 1 and hosts.halted == []
+    sharing.look(None, at_work(), now=True)  # its SAEs are evaluated
+    assert hosts.at_most == 1
 
 
 # ---- waves ----
