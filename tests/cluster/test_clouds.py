@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from penstock.errors import SweepError
-from penstock.placement import Cluster, Node, NodeType
+from penstock.live_cluster import growing, types_of
+from penstock.placement import Cluster, Node
 from penstock.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,14 +55,11 @@ def is_spot(node: Config) -> bool:
 
 
 def as_penstock_sees_it(config: Config) -> Cluster:
-    there, more = [], []
-    for name, kind in config["available_node_types"].items():
-        node = Node(kind["resources"], kind.get("labels", {}))
-        at_least = 1 if name == config["head_node_type"] else kind["min_workers"]
-        there += [node] * at_least
-        more.append(NodeType(name, node, kind["max_workers"] - at_least))
-    n_workers = len(there) - 1
-    return Cluster(tuple(there), tuple(more), at_most_more=config["max_workers"] - n_workers)
+    """The nodes that are there at the least, and what may be added."""
+    kinds = config["available_node_types"]
+    types, at_most = types_of(config)
+    workers = [kind.node for kind in types for _ in range(kinds[kind.name]["min_workers"])]
+    return growing([Node(kinds[config["head_node_type"]]["resources"]), *workers], (types, at_most))
 
 
 def commands(config: Config) -> list[str]:

@@ -14,8 +14,9 @@ import yaml
 from kuberay_schema import problems, schema_of
 from kustomizing import Manifest, changed, render, render_with_kubectl
 from penstock.errors import SweepError
+from penstock.live_cluster import growing, types_of
 from penstock.models import ModelDescription
-from penstock.placement import Cluster, Node, NodeType
+from penstock.placement import Cluster, Node
 from penstock.plan import memory_of_block, plan_packs, plan_saes
 from penstock.session import WINDOW_LIMITS, WINDOW_SHARE
 from penstock.spec import SweepSpec, load_spec
@@ -77,14 +78,10 @@ def as_penstock_sees_it(cluster: Manifest) -> Cluster:
     """The nodes that are there at the least, and what may be added, as Ray's own autoscaler reads the manifest."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    there, more = [], []
-    for name, kind in _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"].items():
-        node = Node(kind["resources"], kind["labels"])
-        at_least = 1 if name == "headgroup" else kind["min_workers"]
-        there += [node] * at_least
-        if name != "headgroup":
-            more.append(NodeType(name, node, kind["max_workers"] - at_least))
-    return Cluster(tuple(there), tuple(more))
+    kinds = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    types, at_most = types_of(cluster)
+    workers = [kind.node for kind in types for _ in range(kinds[kind.name]["min_workers"])]
+    return growing([Node(kinds["headgroup"]["resources"]), *workers], (types, at_most))
 
 
 # ---- well-formed
