@@ -25,10 +25,11 @@ PERMISSIONS = ("READ", "EDIT", "MANAGE", "NO_PERMISSIONS")
 
 def call(method: str, path: str, **fields: str) -> dict:
     """The server's answer. Leaves with a message where it refuses or is not there."""
-    address, user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("URI", "USERNAME", "PASSWORD"))
+    names = ("URI", "USERNAME", "PASSWORD")
+    address, user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in names)
     if not address.startswith(("http://", "https://")) or not user or not password:
-        sys.exit("MLFLOW_TRACKING_URI (http:// or https://), MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD have to "
-                 "be set, the last two to an administrator's")  # fmt: skip
+        sys.exit("MLFLOW_TRACKING_URI (http:// or https://), MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+                 "have to be set, the last two to an administrator's")  # fmt: skip
     url = f"{address.rstrip('/')}/api/{path}"
     if method == "GET":
         url = f"{url}?{urllib.parse.urlencode(fields)}"
