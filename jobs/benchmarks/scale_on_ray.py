@@ -51,7 +51,7 @@ class Run:
     """Figures of a run. Rates are blocks a second, between the ends of two blocks. The stream's actor: `actor_cores`,
     its CPU seconds a second, `busiest_thread` that of one thread of it, and its resident memory. `wait_seconds`: of a
     pack, a block, from when it asks for the bytes until it has them. `moved_mb`: a second, what is written to all
-    object stores, blocks and their copies."""
+    object stores, blocks and their copies; `written_mb_a_block`: that of a block and all its copies."""
 
     made: float
     trained: float
@@ -61,6 +61,7 @@ class Run:
     actor_mb: float
     wait_seconds: float
     moved_mb: float
+    written_mb_a_block: float
 
     def figures(self) -> dict[str, float]:
         return vars(self)
@@ -190,7 +191,6 @@ class EmulatedCluster:
                 pack.read.remote(stream, pack_id, last + 1, regime.step_seconds, regime.block_bytes)
                 for pack, pack_id in zip(self.packs, pack_ids, strict=False)
             ]
-            begun = time.monotonic()
             left = reads
             while left:
                 samples.append(_sample(process))
@@ -198,7 +198,6 @@ class EmulatedCluster:
                 ray.get(stream.collect.remote())
             samples.append(_sample(process))
             stores.append(_bytes_written())
-            seconds = time.monotonic() - begun
             read = ray.get(reads)
             made = sorted(end for host in self.hosts[:n_nodes] for end in ray.get(host.ended.remote()).values())
         finally:
@@ -209,6 +208,7 @@ class EmulatedCluster:
         before = [one for one in samples if one["time"] <= begun][-1]
         after = next(one for one in samples if one["time"] >= ended)
         passed = after["time"] - before["time"]
+        written_mb = (stores[1] - stores[0]) / (last + 1) / 1e6
         threads = [cpu - before["threads"].get(thread, 0.0) for thread, cpu in after["threads"].items()]
         return Run(
             made=(last - first) / (made[last] - made[first]),
@@ -218,7 +218,8 @@ class EmulatedCluster:
             busiest_thread=max(threads) / passed,
             actor_mb=max(one["rss"] for one in samples) / 1e6,
             wait_seconds=statistics.mean(wait for _, waited in read for wait in waited[first + 1 : last + 1]),
-            moved_mb=(stores[1] - stores[0]) / seconds / 1e6,
+            moved_mb=rate * written_mb,
+            written_mb_a_block=written_mb,
         )
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -207,3 +208,40 @@ def test_the_attribution_benchmark_compares_estimates_with_ablations(tmp_path):
     assert figures[f"edges, {layers}, short, norm free, all edges, recall"]["value"] > 0.4
     # 11 errors a prompt, as the first token has no nodes; at most 16 features at each of the other positions
     assert all(11 < point["n_nodes"] <= 11 * 17 for point in written["points"] if " to " not in point["sae"])
+
+
+def test_the_scale_benchmark_runs_on_emulated_nodes_and_simulates_more(tmp_path):
+    written, figures = quick_run(
+        "scale", tmp_path, "--only", "measured,simulated", versions=("penstock", "ray"), OMP_NUM_THREADS="1"
+    )
+    for regime, unit in (("harvest-bound", "tokens/s"), ("training-bound", "SAE-tokens/s")):
+        alone, both = (figures[f"{regime}, trained on {n} node(s), ours"] for n in (1, 2))
+        assert alone["value"] > 0 and both["value"] > 0 and both["unit"] == unit
+    assert written["constants"]["call_ms"] > 0
+    # What no other load on the machine can change: by the store's own counter each block is written once and copied to
+    # the other node, and simulated time is the stream's alone.
+    per_node = {one["nodes"]: one["written_mb_a_block"] for one in written["measured"]
+                if one["regime"] == "training-bound"}  # fmt: skip
+    assert per_node[2] == pytest.approx(2 * per_node[1], rel=0.2)
+    assert all(row["efficiency"] > 0.9 for row in written["simulated"] if row["nodes"] == 1)
+
+
+def test_simulated_packs_are_held_up_by_what_the_setting_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "jobs/benchmarks")
+    from scale_simulation import CALLS, NETWORK, WINDOW, Setting, bottlenecks, simulate
+
+    # Four hosts make a block each 4 s, one a second, which packs take in half of that.
+    setting = Setting(nodes=4, harvest_seconds=4.0, step_seconds=0.5, block_bytes=1e9, window=8, nic_bytes=1e12,
+                      call_seconds=1e-4)  # fmt: skip
+    found = simulate(setting, 8, 16)
+    assert found.rate == pytest.approx(1.0, rel=0.05)
+    assert found.actor_busy < 0.1 and found.leases_lost == 0
+    # Each block goes to three other nodes: 6 s of its host's network, and a pack has one block on its way at a time.
+    slow = bottlenecks(replace(setting, nic_bytes=5e8), 8, 16, enough=0.95)
+    assert slow[0][1].rate < 0.5 and [limit for limit, _ in slow[1:]] == [NETWORK]
+    # A hand-out takes two calls, each of which keeps the actor for 0.4 s: four packs wait 3.2 s for a block.
+    busy = bottlenecks(replace(setting, call_seconds=0.4), 8, 16, enough=0.95)
+    assert busy[0][1].rate < 0.4 and busy[1][0] == CALLS
+    # Beyond the slowest pack stand two blocks, so that two of the hosts have nothing to do.
+    narrow = bottlenecks(replace(setting, window=2), 8, 16, enough=0.95)
+    assert narrow[0][1].rate < 0.6 and [limit for limit, _ in narrow[1:]] == [WINDOW]
