@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pandas as pd
@@ -209,6 +210,13 @@ def test_the_ui_serves_the_sweep_and_ends_with_ctrl_c(finished_home):
         path = f"{address}/get-artifact?path=sae/cfg.json&run_uuid={run.info.run_id}"
         with urllib.request.urlopen(path, timeout=30) as answer:
             assert json.load(answer)["architecture"] == "topk"
+        for attack in ("../../../mlflow.db", "/etc/passwd", "sae/../../../../mlflow.db"):
+            with pytest.raises(urllib.error.HTTPError, match="400|404|500"):
+                urllib.request.urlopen(path.replace("sae/cfg.json", attack), timeout=30).close()
+        # Names that a page may point here (DNS rebinding); MLflow's own default takes the second for a private address.
+        for host in ("attacker.example", "10.attacker.example", "127.0.0.1.attacker.example"):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(urllib.request.Request(address, headers={"Host": host}), timeout=30).close()
         process.send_signal(signal.SIGINT)
         # A shell shows 130 for both. Python itself ends by the signal where it came in the middle of an exec, as in the
         # making of a dataclass, though the exception was caught.

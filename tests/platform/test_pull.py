@@ -82,6 +82,18 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(finished_home, tmp_
         penstock.pull("demo", hook_point=EARLY, to=tmp_path / "file", home=finished_home)
 
 
+def test_links_in_the_folder_are_replaced_and_not_written_through(finished_home, tmp_path):
+    """A folder that somebody else has made ready, to have files of whoever pulls into it overwritten."""
+    folder, precious = tmp_path / "shared", tmp_path / "precious"
+    folder.mkdir()
+    precious.write_text("as it was")
+    for name in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "penstock.json"):
+        (folder / name).symlink_to(precious)
+    penstock.pull("demo", hook_point=EARLY, to=folder, home=finished_home)
+    assert precious.read_text() == "as it was" and not any(path.is_symlink() for path in folder.iterdir())
+    SAE.load(folder)
+
+
 def test_nothing_is_written_where_nothing_fits(finished_home, tmp_path):
     with pytest.raises(SweepError, match=r"no SAE at .* has an L0 in 50:60; there are 4, 8, 9, 32"):
         penstock.pull("demo", hook_point=EARLY, l0=(50, 60), to=tmp_path / "sae", home=finished_home)
