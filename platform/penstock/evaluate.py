@@ -98,6 +98,9 @@ def resolve(home: Home, runs: SweepRuns) -> ResolvedSweep:
     """A sweep as it was run, of which something is finished. Its token store is opened by its id: the dataset may have
     changed since. Raises `SweepError` where its storage holds no finished SAE, or it would be another one now."""
     spec = parse_spec(runs.spec, source=f"the spec of sweep {runs.name}")
+    if spec.model.trust_remote_code:  # whoever may write to MLflow may have written it
+        say(f"warning: the spec of sweep {runs.name}, as MLflow has it, lets Python code that comes with model "
+            f"{spec.model.name!r} run here (model.trust_remote_code)")  # fmt: skip
     storage = Storage(home.storage_uri(spec.storage))
     finished = {
         run.data.tags["sae_id"]
