@@ -64,8 +64,8 @@ def look_at(address: str, config: str | Path | None = None) -> LiveCluster:
     if address.startswith(("http://", "https://")):
         nodes, free, scales = _through_dashboard(address)
     else:
-        nodes, free = _from_a_node(address)
-        types = types or types_here()
+        nodes, free, known = _from_a_node(address)
+        types = types or known
     if not nodes:
         raise SweepError(f"--address {address!r}: no node of the cluster is up yet; accepted: again in a few seconds")
     cluster = growing(nodes, types)
@@ -176,12 +176,13 @@ def _less(total: Mapping[str, float], usage: str) -> dict[str, float]:
     return left
 
 
-def _from_a_node(address: str) -> tuple[list[Node], list[Node]]:
+def _from_a_node(address: str) -> tuple[list[Node], list[Node], Any]:
+    """(nodes, what is free of them, what `types_here` says)."""
     from penstock.cluster import connect, free_nodes, nodes
 
     connect(address)
     try:
-        return list(nodes()), free_nodes()
+        return nodes(), free_nodes(), types_here()
     finally:
         import ray
 
@@ -251,36 +252,43 @@ def types_of(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int | Non
 
 
 def types_here() -> tuple[tuple[NodeType, ...], int | None] | None:
-    """What the autoscaler of this machine's cluster may add, where that can be found out here: on a head node. It is
-    looked up once a minute."""
-    return _types_in_minute(int(time.monotonic() // 60))
+    """What the autoscaler of the cluster that this process has joined may add, where that can be found out here: on its
+    head node. It is looked up once a minute."""
+    import ray
+
+    return _types_in_minute(int(time.monotonic() // 60), ray.get_runtime_context().gcs_address)
 
 
 @lru_cache(maxsize=1)
-def _types_in_minute(_minute: int) -> tuple[tuple[NodeType, ...], int | None] | None:
+def _types_in_minute(_minute: int, gcs: str) -> tuple[tuple[NodeType, ...], int | None] | None:
     with contextlib.suppress(Exception):  # whatever is wrong with it, the nodes that are there are known all the same
-        config = _of_monitor() or _of_kuberay()
+        config = _of_monitor(gcs) or _of_kuberay()
         if config is not None:
             return types_of(config)
     return None
 
 
-def _of_monitor() -> dict[str, Any] | None:
-    """The configuration that Ray's monitor on this machine was started with, where it has one."""
+def _of_monitor(gcs: str) -> dict[str, Any] | None:
+    """The configuration that Ray's monitor of the cluster at a GCS address was started with, where it runs on this
+    machine, which may have several, and has one."""
     import psutil
 
-    session = os.environ.get("RAY_ADDRESS", "")
-    found = set()
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        config = [part.partition("=")[2] for part in command if part.startswith("--autoscaling-config=")]
-        if config and any(part.endswith("monitor.py") for part in command):
-            gcs = next((part.partition("=")[2] for part in command if part.startswith("--gcs-address=")), "")
-            if not session or session in ("auto", gcs) or ":" not in session:
-                found.add(os.path.expanduser(config[0]))
-    if len(found) != 1:  # several Rays on one machine: whose it is cannot be told
-        return None
-    return yaml.safe_load(Path(found.pop()).read_text(encoding="utf-8"))
+        given = dict(part.removeprefix("--").split("=", 1) for part in command if part.startswith("--") and "=" in part)
+        is_monitor = any(part.endswith("monitor.py") for part in command) and "autoscaling-config" in given
+        if is_monitor and _is_same(gcs, given.get("gcs-address", "")):
+            return yaml.safe_load(Path(given["autoscaling-config"]).expanduser().read_text(encoding="utf-8"))
+    return None
+
+
+def _is_same(gcs: str, of_monitor: str) -> bool:
+    """Whether two addresses are of one GCS; a monitor of this machine may have it by another name."""
+    import ray.util
+
+    (host, _, port), (_, _, other_port) = gcs.rpartition(":"), of_monitor.rpartition(":")
+    here = host in ("127.0.0.1", "localhost", ray.util.get_node_ip_address())
+    return gcs == of_monitor or (here and port == other_port)
 
 
 def _of_kuberay() -> dict[str, Any] | None:

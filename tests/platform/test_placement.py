@@ -7,6 +7,7 @@ from penstock.errors import SpecError, SweepError
 from penstock.live_cluster import (
     GROUP_LABEL,
     LiveCluster,
+    _is_same,
     growing,
     is_impossible,
     placement_table,
@@ -271,3 +272,8 @@ def test_where_it_runs_changes_no_identity():
         for fields in ("", placed)
     )
     assert plain == elsewhere
+
+
+def test_the_monitor_of_another_cluster_on_this_machine_is_not_asked():
+    assert _is_same("10.0.0.1:6379", "10.0.0.1:6379") and _is_same("127.0.0.1:6379", "10.0.0.1:6379")
+    assert not _is_same("127.0.0.1:6380", "127.0.0.1:6379") and not _is_same("203.0.113.9:6379", "10.0.0.1:6379")
