@@ -50,7 +50,7 @@ def of_cluster(name: str, where: str = "") -> str:
 def by_gpu(expression: str) -> str:
     """A figure of each GPU that Ray can read; a line at 0 where there is none."""
     none = 'label_replace(vector(0), "GpuDeviceName", "no GPU", "", "")'
-    return f"avg by (instance, GpuIndex, GpuDeviceName) ({expression}) or {none}"
+    return f"avg by (instance, GpuIndex, GpuDeviceName) ({expression}) or on () {none}"
 
 
 # ---- panels ---------------------------------------------------------------------------------------------------------

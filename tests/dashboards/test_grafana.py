@@ -181,6 +181,37 @@ def test_variables_pick_the_data_source_sweeps_by_name_and_their_clusters(dashbo
         assert variable["includeAll"] and variable["multi"] and "allValue" not in variable
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt-get install prometheus)")
+def test_gpus_of_several_nodes_are_lines_of_their_own_and_one_line_says_that_there_is_none(panels, tmp_path):
+    use, memory = (
+        next(panel for panel in panels if panel["title"] == title)["targets"][0]["expr"].replace("$cluster", ".+")
+        for title in ("GPU utilisation", "GPU memory")
+    )
+    shown = {"ray_node_gpus_utilization": (50, 25), "ray_node_gram_used": (30, 10), "ray_node_gram_available": (10, 10)}
+    gpus = [f'{{SessionName="s", instance="{node}", GpuIndex="0", GpuDeviceName="H200"}}' for node in "ab"]
+    series = [
+        {"series": name + gpu, "values": f"{value}x9"}
+        for name, values in shown.items() for gpu, value in zip(gpus, values, strict=True)
+    ]  # fmt: skip
+
+    def case(input_series, answers):
+        asked = [
+            {"expr": expression, "eval_time": "1m",
+             "exp_samples": [{"labels": labels, "value": value} for labels, value in expected.items()]}
+            for expression, expected in answers
+        ]  # fmt: skip
+        return {"interval": "15s", "input_series": input_series, "promql_expr_test": asked}
+
+    lines = [gpu.replace('SessionName="s", ', "") for gpu in gpus]
+    none = {'{GpuDeviceName="no GPU"}': 0}
+    both = [(use, dict(zip(lines, (0.5, 0.25), strict=True))), (memory, dict(zip(lines, (0.75, 0.5), strict=True)))]
+    cases = [case(series, both), case([], [(use, none), (memory, none)])]
+    (tmp_path / "gpus.yaml").write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": cases}))
+    command = ["promtool", "test", "rules", tmp_path / "gpus.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---- the alerts -----------------------------------------------------------------------------------------------------
 
 
