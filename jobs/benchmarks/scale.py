@@ -154,6 +154,7 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
             (regime.name, n): partial(cluster.run, regime, n) for regime in regimes(size) for n in size.nodes
         }  # fmt: skip
         found = interleaved(sides, repeats)
+        copied = cluster.copy_rate(regimes(size)[-1].block_bytes, 5)
         flood = interleaved({(FLOOD, nodes): partial(cluster.run, flooded(size), nodes)}, repeats)
     finally:
         cluster.close()
@@ -161,7 +162,8 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
     ranges = {
         key: [min(run.trained for run in of_key), max(run.trained for run in of_key)] for key, of_key in found.items()
     }
-    return {"runs": runs, "ranges": ranges, "nodes": nodes, "start_seconds": cluster.start_seconds}
+    about = {"nodes": nodes, "start_seconds": cluster.start_seconds, "copied": copied}
+    return {"runs": runs, "ranges": ranges, **about}
 
 
 def flooded(size: Size) -> Any:
@@ -200,6 +202,7 @@ def measured_rows(size: Size, found: Mapping[str, Any], quick: bool) -> list[Com
             ("hand-outs", "1/s", run["hand_outs"]),
         ):
             rows.append(Comparison(f"{name}, {n} nodes: {figure}", unit, value, lower_is_better=None))
+    rows.append(Comparison("a block from one store to another", "MB/s", found["copied"] / 1e6, lower_is_better=None))
     flood = runs[FLOOD, max(size.nodes)]
     for figure, unit, value in (
         ("hand-outs", "1/s", flood["hand_outs"]),

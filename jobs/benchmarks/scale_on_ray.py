@@ -5,6 +5,7 @@ Importing this imports Ray, which reads its settings then. Light otherwise: ever
 """
 
 import os
+import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -119,6 +120,12 @@ class TimedPack:
         client.close()
         return ended, [after - before for before, after in zip([0.0, *waited], waited, strict=False)]
 
+    def copy(self, reference: list[Any]) -> float:
+        """Seconds until an object of another node is on this one."""
+        begun = time.monotonic()
+        ray.get(reference[0])
+        return time.monotonic() - begun
+
 
 def content(n_bytes: int) -> np.ndarray:
     """uint16 [rows, WIDTH], the same in every process."""
@@ -140,8 +147,9 @@ class EmulatedCluster:
         begun = time.monotonic()
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False},
-        )
+            head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False,
+                            "dashboard_port": _free_port()},  # its server is started all the same
+        )  # fmt: skip
         nodes = [
             self._cluster.add_node(wait=False, num_cpus=1, object_store_memory=store_bytes, include_dashboard=False)
             for _ in range(n_nodes)
@@ -161,6 +169,16 @@ class EmulatedCluster:
             self.hosts.append(ray.remote(TimedHost).options(**here, **named).remote())
             self.packs.append(ray.remote(TimedPack).options(**here).remote())
         ray.get([actor.ping.remote() for actor in [*self.hosts, *self.packs]])
+
+    def copy_rate(self, n_bytes: int, repeats: int) -> float:
+        """Bytes a second of one object from one node's store to another's, nothing else going on; the median."""
+        host, pack, seconds = self.hosts[0], self.packs[1], []
+        ray.get(host.set_up.remote(0.0, n_bytes))
+        for _ in range(repeats + 1):  # a store's memory is made by whoever writes to it first
+            reference, about = host.harvest.options(num_returns=2).remote(None, 0, [ARRAY])
+            ray.get(about)
+            seconds.append(ray.get(pack.copy.remote([reference])))
+        return n_bytes / statistics.median(seconds[1:])
 
     def close(self) -> None:
         ray.shutdown()
@@ -221,6 +239,12 @@ class EmulatedCluster:
             moved_mb=rate * written_mb,
             written_mb_a_block=written_mb,
         )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _actor_process() -> psutil.Process:
