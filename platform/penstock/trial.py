@@ -26,6 +26,7 @@ from penstock.spool import SpooledStream
 from penstock.storage import Storage
 
 TRIES_WITHOUT_PROGRESS = 3
+CAUSE_CHARACTERS = 200  # of what a worker died of
 TRIAL_FAILURES = 100  # of the trial's own process; what it runs is counted by progress
 PAUSE_SECONDS = 600.0
 TRIAL_MEMORY = 512 * 2**20
@@ -144,9 +145,21 @@ def _death(pack_id: str, error: Exception) -> dict[str, Any]:
     """What the driver is told of a worker that died."""
     inner = getattr(error, "worker_failures", None)
     causes = list(inner.values()) if isinstance(inner, Mapping) else [error]
-    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()]
-    what = f"the worker of pack {pack_id} died ({lines[-1] if lines else type(causes[0]).__name__})"
+    what = f"the worker of pack {pack_id} died ({_cause(causes[0])})"
     return {"kind": "failure", "what": what, "done": "it is started again"}
+
+
+def _cause(error: Exception) -> str:
+    """What an error says in the end; of a process that is gone Ray says in many words that it does not know."""
+    text = " ".join(str(error).split())
+    if _ran_out_of_memory(error):
+        return "the node ran out of memory"
+    if "node has died" in text or "node was terminated" in text:
+        return "its node died"
+    if "worker process has died" in text:
+        return "its process was killed, or crashed"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:CAUSE_CHARACTERS] if lines else type(error).__name__
 
 
 def one_worker(resources: Mapping[str, float], labels: Mapping[str, str]) -> Any:
