@@ -4,13 +4,15 @@ keeps to its share. `shares.py` works out the shares."""
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.fleet import Fleet
 from penstock.placement import Cluster, Room, host_request, pack_request
 from penstock.shares import Demand, Generosity, Share, fair_shares
 from penstock.spec import SweepSpec
-from penstock.trial import YIELD, Trials
+
+if TYPE_CHECKING:
+    from penstock.trial import Trials
 
 LOOK_SECONDS = 3.0
 ANSWER_SECONDS = 5.0
@@ -52,7 +54,7 @@ class Sharing:
         self._sweep_id = sweep_id
         return self._mine(packs, live=0).to_json()
 
-    def look(self, trials: Trials | None, status: Mapping[str, Any], now: bool = False) -> None:
+    def look(self, trials: "Trials | None", status: Mapping[str, Any], now: bool = False) -> None:
         """See what the others want, keep to the share, and tell them what is wanted here; every few seconds, or `now`.
         `trials` is None where no packs are run."""
         if not now and time.monotonic() - self._looked < LOOK_SECONDS:
@@ -76,7 +78,7 @@ class Sharing:
             self._share, self._short_since = None, None
         self._fleet.stream.set_demand.remote(mine.to_json())
 
-    def _keep_to(self, share: Share, trials: Trials | None, at_work: list[str]) -> None:
+    def _keep_to(self, share: Share, trials: "Trials | None", at_work: list[str]) -> None:
         self._share = share
         lacks = len(at_work) < share.packs or len(self._fleet.hosts_up) < share.hosts
         self._short_since = (self._short_since or time.time()) if lacks else None
@@ -96,8 +98,10 @@ class Sharing:
                        f"host ({host_request(resources)}) and a pack ({pack_request(resources)})")  # fmt: skip
 
     def _give_back(
-        self, shares: Mapping[str, Share], others: list[Demand], trials: Trials | None, at_work: list[str]
+        self, shares: Mapping[str, Share], others: list[Demand], trials: "Trials | None", at_work: list[str]
     ) -> None:
+        from penstock.trial import YIELD  # with Ray, which may only be imported once it is known whose token it asks for
+
         if trials is None:
             return
         room = Room(*self._free()) if len(at_work) > max(1, shares[self._sweep_id].packs) else Room(Cluster(()))

@@ -50,6 +50,11 @@ def test_a_trial_and_its_controller_load_no_torch():
     assert "torch" not in modules_after("import penstock.trial")
 
 
+def test_the_driver_imports_no_ray_before_it_has_asked_for_a_token():
+    """Ray reads its authentication mode when it is imported (see `cluster.connect`)."""
+    assert "ray" not in modules_after("import penstock.sweep, penstock.harvest, penstock.evaluate, penstock.features")
+
+
 def test_only_actors_py_holds_ray_actors():
     holders = [
         path.relative_to(ROOT).as_posix()
