@@ -6,6 +6,7 @@ Ctrl-C, ends it at once: the checkpoints that are there are gone on from.
 """
 
 import contextlib
+import getpass
 import json
 import os
 import signal
@@ -37,7 +38,11 @@ def stop_file(sweep_id: str) -> str:
 
 def ask_to_stop(storage: Storage, sweep_id: str, *, now: bool = False) -> None:
     """Leave word in the storage; the driver finds it within seconds. `now`: without saving. Raises `OSError`."""
-    by = f"{os.environ.get('USER') or os.getuid()} on {socket.gethostname()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = f"user {os.getuid()}"
+    by = f"{user} on {socket.gethostname()}"
     storage.write_json(stop_file(sweep_id), {"time": time.time(), "by": by, "now": now})
 
 
