@@ -100,7 +100,8 @@ class Sharing:
     def _give_back(
         self, shares: Mapping[str, Share], others: list[Demand], trials: "Trials | None", at_work: list[str]
     ) -> None:
-        from penstock.trial import YIELD  # with Ray, which may only be imported once it is known whose token it asks for
+        # It imports Ray, which may only be done once it is known whose token Ray asks for.
+        from penstock.trial import YIELD
 
         if trials is None:
             return
