@@ -31,6 +31,7 @@ class Sharing:
         self._share: Share | None = None
         self._names: tuple[str, ...] = ()
         self._said = ""
+        self._last: dict[str, Demand] = {}  # what each other stream has said
 
     @property
     def report(self) -> dict[str, Any]:
@@ -123,28 +124,31 @@ class Sharing:
         )  # fmt: skip
 
     def _others(self) -> list[Demand]:
-        """What the other sweeps want, by their streams; one that does not answer now is left out."""
+        """What the other sweeps want, by their streams; of one that does not answer now, what it said last."""
         import ray
         from ray.util import list_named_actors
 
         from penstock.actors import NAMESPACE
 
         mine = f"{STREAM}{self._sweep_id}"
-        asked = []
+        asked: dict[Any, str] = {}
         for actor in list_named_actors(all_namespaces=True):
             if actor["namespace"] == NAMESPACE and actor["name"].startswith(STREAM) and actor["name"] != mine:
                 try:
-                    asked.append(ray.get_actor(actor["name"], namespace=NAMESPACE).demand.remote())
+                    asked[ray.get_actor(actor["name"], namespace=NAMESPACE).demand.remote()] = actor["name"]
                 except (ValueError, AttributeError):  # it has just ended, or is of another release
                     continue
-        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
-        found = []
-        for reference in ready:
+        ready = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)[0] if asked else []
+        last, self._last = self._last, {}
+        for reference, name in asked.items():
             try:
-                record = ray.get(reference)
-                found += [Demand.from_json(record)] if record is not None else []
+                record = ray.get(reference) if reference in ready else None
+                demand = last.get(name) if record is None else Demand.from_json(record)
             except (ray.exceptions.RayError, KeyError, TypeError):
                 continue
+            if demand is not None:
+                self._last[name] = demand
+        found = list(self._last.values())
         found.sort(key=lambda one: (one.since, one.sweep_id))
         self._names = tuple(one.name for one in found)
         return found
