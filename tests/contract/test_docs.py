@@ -8,7 +8,11 @@ import pytest
 from penstock.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "cluster/README.md", "platform/STREAM.md", "dashboards/grafana/README.md"]
+PAGES = [
+    "README.md", "CONTRIBUTING.md", "cluster/README.md", "cluster/SECURITY.md", "cluster/kuberay/README.md",
+    "cluster/slurm/README.md", "cluster/mlflow/README.md", "platform/STREAM.md", "platform/SCALE.md",
+    "dashboards/grafana/README.md",
+]  # fmt: skip
 README = (ROOT / "README.md").read_text().splitlines()
 LISTED = [line.split("#")[0] for line in README if line.startswith("    penstock ")]
 
