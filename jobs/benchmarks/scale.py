@@ -114,7 +114,7 @@ class Size:
     flood_blocks: int
 
 
-FULL = Size((1, 2, 4, 8), 1.0, 2, 8, SIMULATED, SIMULATED_HARVEST_BOUND, (8, 8), 400)
+FULL = Size((1, 2, 4, 8), 1.0, 2, 6, SIMULATED, SIMULATED_HARVEST_BOUND, (8, 8), 400)
 QUICK = Size((1, 2), 20.0, 1, 2, (1, 20), (1, 2), (3, 3), 20)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from penstock.consumer import SIGN_SECONDS
 from penstock.meters import Meters
 from penstock.stream import BlockInfo, Stream
 from penstock.stream_state import LeaseLostError, StreamState
@@ -238,6 +239,8 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
         about = (node,) if setting.prefetch else ()
         ahead = start(request(pack_id, *about, 0))
         for block in range(n_blocks):
+            while not (await asyncio.wait([ahead], timeout=SIGN_SECONDS))[0]:
+                start(tell(stream.report, pack_id, [], {}, 0.0))
             if setting.prefetch:
                 now = max(now, await ahead)
             else:

@@ -13,6 +13,7 @@ from penstock.spool import SpooledStream, SpoolError
 from penstock.stream_state import HaltedError, LeaseLostError
 
 REPORT_SECONDS = 1.0
+SIGN_SECONDS = 20.0
 AWAY_SECONDS = 120
 
 
@@ -156,7 +157,9 @@ class StreamClient:
             in_store = [name for name in self._arrays if name not in spooled]
             lost, reason = in_store, "an object is gone from the store"
             try:
-                arrays = dict(zip(in_store, ray.get([found[name] for name in in_store]), strict=True))
+                objects = [found[name] for name in in_store]
+                self._wait_for(objects)
+                arrays = dict(zip(in_store, ray.get(objects), strict=True))
                 lost = spooled
                 for name in spooled:
                     assert self._spool is not None
@@ -174,6 +177,11 @@ class StreamClient:
                 return arrays
             self._tell_lost(block, lost, reason)
             request = self._request(block)
+
+    def _wait_for(self, objects: list[Any]) -> None:
+        """Return once the objects are on this node, or lost. That one is long on its way is no fault of the pack."""
+        while objects and len(ray.wait(objects, num_returns=len(objects), timeout=SIGN_SECONDS)[0]) < len(objects):
+            self.flush(0.0)
 
     def _fetch_ahead(self) -> None:
         """Have Ray bring the next block to this node, once it is there, while the pack trains on this one."""
