@@ -318,6 +318,7 @@ class Trials:
             from ray import tune
             from ray.tune.progress_reporter import TrialProgressCallback
 
+            _keep_keys_to_the_nodes()
             # A trial reports nothing to Tune itself: what it has to say goes through the stream.
             logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
@@ -353,6 +354,15 @@ class Trials:
                 traceback.print_exception(error)
         except BaseException as error:  # carried over to the driver's thread
             self._error = error
+
+
+def _keep_keys_to_the_nodes() -> None:
+    """Tune would copy the driver's keys of AWS into the runtime environment of every trial, where Ray's dashboard and
+    its logs show them. The trials' processes have those of their node."""
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
 def pack_queue(packs: Iterable[tuple[str, tuple[str, ...]]]) -> Any:

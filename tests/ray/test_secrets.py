@@ -15,6 +15,7 @@ import urllib.request
 import grpc
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from penstock import cluster
@@ -194,10 +195,11 @@ def call(place: str, method: str, headers: tuple[tuple[str, str], ...] = ()) -> 
     return "OK"
 
 
-def test_every_port_of_a_node_asks_for_the_token_but_the_one_of_metrics(submitted, head, token):
-    """The GCS, raylet, object manager, workers, agents and Ray's client, each by a call that it has."""
-    places, refused, open_to_all = listening(head), set(), {}
-    for (host, port), command in places.items():
+def answers_without_token(head) -> tuple[set[str], dict[int, tuple[str, bytes]]]:
+    """(the calls that some port refuses, what HTTP ports give: port -> (command line, body)). Fails where a call is
+    answered."""
+    refused, open_to_all = set(), {}
+    for (host, port), command in listening(head).items():
         try:
             status, body = ask(f"http://{host}:{port}/")
         except (urllib.error.URLError, http.client.HTTPException, OSError):  # gRPC
@@ -207,9 +209,25 @@ def test_every_port_of_a_node_asks_for_the_token_but_the_one_of_metrics(submitte
         else:
             if status != 401 and port != int(head.jobs.rpartition(":")[2]):
                 open_to_all[port] = (command, body)
-    assert refused == set(CALLS), places
-    (command, body), = open_to_all.values()
-    assert "DashboardAgent" in command and body.startswith(b"# HELP")
+    return refused, open_to_all
+
+
+def test_every_port_of_a_node_asks_for_the_token_but_those_of_metrics(submitted, head, token):
+    """The GCS, raylet, object manager, workers, agents and Ray's client, each by a call that it has."""
+
+    class Worker:
+        def is_up(self) -> bool:
+            return True
+
+    ray.init(address=head.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        worker = ray.remote(num_cpus=0)(Worker).remote()
+        assert ray.get(worker.is_up.remote())
+        refused, open_to_all = answers_without_token(head)
+    finally:
+        ray.shutdown()
+    assert refused == set(CALLS), listening(head)
+    assert open_to_all and all(body.startswith(b"# HELP") for _, body in open_to_all.values()), open_to_all
     # And with the token the same calls are answered: it is the token that was missing.
     headers = (("authorization", f"Bearer {token}"),)
     assert call(head.address, "/ray.rpc.NodeInfoGcsService/GetClusterId", headers) == "OK"
