@@ -206,7 +206,7 @@ def show_log(
     """Print what a sweep's drivers have said, oldest first, all of it or what concerns one SAE. Returns 0, with
     `follow` the exit status of the sweep."""
     out = out or sys.stdout
-    where = watched(home, sweep, address)
+    where = watched(home, sweep, address, wait=follow)
     read = _reader(where)
     shown, sae_id = 0, None
     while True:

@@ -5,7 +5,9 @@ dashboard serves. They are there as long as the cluster's Ray is, also when the 
 """
 
 import json
-from collections.abc import Callable, Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ from penstock.logs import Line, parse_lines, session_file
 NODES_AT_ONCE = 16
 _SUFFIX = ".json"
 RUNNING = ("PENDING", "RUNNING")
+_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,49 @@ class Cluster:
                 latest[place.sweep_id] = place, report
         return list(latest.values())
 
-    def find(self, sweep: str) -> tuple[Place, dict[str, Any]]:
-        """The sweep of an id, or the latest of a name. Raises `SweepError` when none has reported on this cluster."""
-        reports = self.reports()
-        named = [one for one in reports if sweep in (one[1]["sweep_id"], one[1]["name"])]
-        if not named:
-            known = sorted({report["name"] for _, report in reports})
-            raise SweepError(
-                f"no sweep {sweep!r} has reported on the cluster at {self.dashboard.address}; there is: "
-                f"{', '.join(known) or 'none'}. A driver does so once its tokens are read"
-            )
-        return max(named, key=lambda one: one[1]["started"])
+    def find(self, sweep: str, *, wait: bool = False) -> tuple[Place, dict[str, Any]]:
+        """The sweep of an id, or the latest of a name. With `wait` a job of that name that still reads its tokens is
+        waited for. Raises `SweepError` when none has reported on this cluster, with what its job has said."""
+        said = False
+        while True:
+            latest, reports = self.job_of(sweep), self.reports()  # in this order: a job reports, and then it ends
+            named = [one for one in reports if sweep in (one[1]["sweep_id"], one[1]["name"])]
+            job = latest if latest is not None and _is_unheard(latest, [report for _, report in named]) else None
+            if job is None or not wait or job["status"] not in RUNNING:
+                break
+            if not said:
+                print(f"waiting for job {job['submission_id']} of sweep {sweep} to report", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(_LOOK_SECONDS)
+            del self.nodes  # the job's driver may come to be on one that had none
+        if job is not None and job["status"] != "SUCCEEDED":  # which it does where nothing is left to train
+            about = f"sweep {sweep!r}: its latest job {job['submission_id']} {self._became(job)}"
+            if wait or not named:
+                raise SweepError(about)
+            print(f"{about}; what follows is of the one before", file=sys.stderr, flush=True)
+        if named:
+            return max(named, key=lambda one: one[1]["started"])
+        known = sorted({report["name"] for _, report in reports})
+        raise SweepError(
+            f"no sweep {sweep!r} has reported on the cluster at {self.dashboard.address}; there is: "
+            f"{', '.join(known) or 'none'}. A driver does so once its tokens are read"
+        )
+
+    def _became(self, job: dict[str, Any]) -> str:
+        """What has become of a job whose driver has not reported."""
+        if job["status"] in RUNNING:
+            return (f"is {job['status']} and has not reported yet, which it does once its tokens are read; accepted: "
+                    "again in a while, or --watch or --follow, which wait for it")  # fmt: skip
+        lines = [line for line in self.dashboard.jobs.get_job_logs(job["submission_id"]).splitlines() if line.strip()]
+        last = next((line for line in reversed(lines) if line.startswith("penstock: ")), "".join(lines[-1:]))
+        return f"has {job['status']} before it could report: {last.removeprefix('penstock: ') or job['message']}"
+
+
+def _is_unheard(job: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a job's driver has made none of these reports, nor was anything heard of the sweep since it started."""
+    return all(
+        report["job"] != job["submission_id"] and 1000 * report["started"] < job["start_time"] for report in reports
+    )
 
 
 def _over(call: Callable[[Any], Any], items: Iterable[Any]) -> list[tuple[Any, Any]]:

@@ -174,13 +174,13 @@ class Near:
 class Far:
     """The sweeps of a cluster, by the address of its dashboard."""
 
-    def __init__(self, address: str, sweep: str | None) -> None:
+    def __init__(self, address: str, sweep: str | None, *, wait: bool = False) -> None:
         from penstock.remote import Cluster
 
         self.cluster, self._sweep = Cluster(address), sweep
         self._latest: dict[str, Any] | None = None
         if sweep is not None:
-            self.place, self._latest = self.cluster.find(sweep)
+            self.place, self._latest = self.cluster.find(sweep, wait=wait)
             self.sweep_id = self.place.sweep_id
 
     def look(self) -> Standing:
@@ -197,9 +197,10 @@ def _from_afar(sweep: str, report: dict[str, Any]) -> Standing:
     return Standing(sweep, report["sweep_id"], time.time(), report, report["phase"] in _ENDS and finished)
 
 
-def watched(home: Home, sweep: str | None, address: str | None) -> Near | Far:
-    """Where to look. Raises `SweepError` for an unknown sweep, and when no cluster answers."""
-    return Near(home, sweep) if address is None else Far(address, sweep)
+def watched(home: Home, sweep: str | None, address: str | None, *, wait: bool = False) -> Near | Far:
+    """Where to look; with `wait`, on a cluster, once its job has begun to report. Raises `SweepError` for an unknown
+    sweep, and when no cluster answers."""
+    return Near(home, sweep) if address is None else Far(address, sweep, wait=wait)
 
 
 def show(
@@ -213,7 +214,7 @@ def show(
     with `follow` one on a line each time.
     """
     out = out or sys.stdout
-    where = watched(home, sweep, address)
+    where = watched(home, sweep, address, wait=follow)
     screen = _Screen(out, follow and not as_json and out.isatty())
     past: deque[Standing] = deque(maxlen=REMEMBERED)
     while True:

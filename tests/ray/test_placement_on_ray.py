@@ -95,6 +95,15 @@ def test_a_plan_for_a_running_cluster_says_what_fits_and_what_never_will(labelle
     assert "packs      2 x 0.5 CPU, 0 GPU, 1 slot, penstock/role=in(other,pack): fit now" in done.stdout, done.stdout
 
 
+def test_a_job_is_waited_for_until_it_reports_and_what_ended_it_before_is_told(head, write_spec, tmp_path):
+    spec = write_spec(replace=[("name: small", "name: misplaced"), (RESOURCES, PLACED.replace("zone: a", "zone: b"))])
+    done = penstock("submit", spec, "--address", head.jobs, home=tmp_path / "home")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for command in (["status", "misplaced", "--watch"], ["logs", "misplaced", "--follow"], ["status", "misplaced"]):
+        told = penstock(*command, "--address", head.jobs, home=tmp_path / "elsewhere")
+        assert told.returncode == 2 and "has FAILED before it could report: resources.host_labels" in told.stderr, told
+
+
 def test_a_cluster_is_looked_at_through_its_dashboard(head):
     live = look_at(head.jobs)
     [node] = live.cluster.nodes
