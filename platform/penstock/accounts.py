@@ -4,6 +4,7 @@ Light: a pack's worker and the driver keep the books, and neither needs more tha
 """
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -100,6 +101,7 @@ class Accounts:
                 **self._about, "time": self._ticked, "over": over, "phases": self._phases, "workers": self._workers,
                 "saes": self._saes, "stopped": self._stopped, "blocks": self._blocks,
             }  # fmt: skip
+            text = json.dumps(record)
             self._written = time.time()
-            with contextlib.suppress(OSError):  # as with the report: the next one may do
-                self._storage.write_json(self._file, record)
+        with contextlib.suppress(OSError):  # as with the report: the next one may do
+            self._storage.write(self._file, text.encode())

@@ -35,13 +35,13 @@ class Chronicle:
     def __init__(self) -> None:
         self.log = SweepLog()
         self.failures = Failures()
-        self.saved: dict[str, int] = {}  # SAE -> the step of its last checkpoint, as far as it has been heard
         self.evaluated = 0.0  # share of the evaluation that is done
         self._lock = threading.Lock()
         self._rates = Rates()
         self._rows: dict[str, deque[Mapping[str, Any]]] = {}
         self._packs: dict[str, tuple[str, ...]] = {}
         self._steps: dict[str, float] = {}
+        self._halted: set[str] = set()  # packs that were told to end, and go on another time
         self._session: Path | None = None
         self._sweep_id = ""
 
@@ -67,19 +67,20 @@ class Chronicle:
             self._rows.setdefault(sae, deque(maxlen=ROWS_SHOWN)).append(event)
         elif kind == "started":
             self._packs[pack] = tuple(event["sae_ids"])
+            self._halted.discard(pack)
             closed = self.failures.started(pack, event["step"])
             after = f" after: {closed['what']}" if closed else ""
             at = f"step {event['step']:,}" if event["step"] else "its first step"
             text = f"pack {pack} is at {at}{after}"
             self.log.add(text, pack=pack, saes=list(self._packs[pack]))
         elif kind == "saved":
-            self.saved |= event["saes"]
             for step in sorted(set(event["saes"].values())):
                 of = [sae_id for sae_id, at in event["saes"].items() if at == step]
                 text = f"pack {pack}: {len(of)} SAE{'s' if len(of) > 1 else ''} saved at step {step:,}"
                 self.log.add(text, pack=pack, of=of)
         elif kind == "halted":
-            self.failures.ended([pack])
+            self._halted.add(pack)
+            self.failures.ended(pack)
             text = f"pack {pack} has ended at step {event['step']:,} as it was told to ({event['why']})"
             self.log.add(text, pack=pack)
         elif kind == "finished":
@@ -91,7 +92,7 @@ class Chronicle:
             detail = "\n".join(filter(None, [event.get("detail"), self._curve(sae)]))
             self.log.add(f"SAE {sae} {event['status']}: {event['reason']}", sae=sae, pack=pack, detail=detail or None)
         elif kind == "failure":
-            self.failures.note(event["what"], event["done"], pack)
+            self.failures.note(event["what"], event["done"], None if event.get("worker_lives") else pack)
             if not event.get("said"):
                 self.log.add(f"{event['what']}: {event['done']}", pack=pack, sae=sae, detail=event.get("detail"))
         elif kind == "log":
@@ -126,7 +127,7 @@ class Chronicle:
             packs = stream.get("packs", {})
             live = [pack_id for pack_id, pack in packs.items() if pack["status"] == "live"]
             rates = {
-                "seconds": self._rates._seconds,
+                "seconds": self._rates.seconds,
                 "sae_tokens_per_second": self._rates.total([f"tokens {pack_id}" for pack_id in live]),
                 "harvested_tokens_per_second": self._rates.rate("harvested"),
                 "packs": {pack_id: _tokens(self._rates.rate(f"steps {pack_id}"), batch_tokens) for pack_id in live},
@@ -147,7 +148,7 @@ class Chronicle:
             status = packs.get(pack_id, {}).get("status", "expected")
             left = sum(sae_id not in ended for sae_id in sae_ids)
             at = self._steps.get(pack_id, 0.0)
-            if status != "done":
+            if status != "done" or pack_id in self._halted:
                 running = status == "live"
                 works.append(Work(steps - at, left, self._rates.rate(f"steps {pack_id}") if running else None, running))
         return works

@@ -179,7 +179,8 @@ def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], pric
     saes, stopped = {}, {}
     for record in records:
         saes |= record["saes"]
-        stopped |= record["stopped"]
+        again = {sae_id for worker in record["workers"].values() for sae_id in worker["saes"]}
+        stopped = {sae_id: why for sae_id, why in stopped.items() if sae_id not in again} | record["stopped"]
         per_host, per_pack = Amount(**record["per_host"]), Amount(**record["per_pack"])
         workers = record["workers"].values()
         trained: dict[str, float] = defaultdict(float)
@@ -207,8 +208,8 @@ def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], pric
             if name == TRAIN:
                 wasted["hosts idle"] += per_host * phase["hosts"][IDLE]
                 made = record["blocks"].get("blocks_made", 0.0)
-                again = min(1.0, record["blocks"].get("blocks_remade", 0.0) / made) if made else 0.0
-                wasted["blocks made again"] += per_host * (phase["hosts"][BUSY] * again)
+                remade = min(1.0, record["blocks"].get("blocks_remade", 0.0) / made) if made else 0.0
+                wasted["blocks made again"] += per_host * (phase["hosts"][BUSY] * remade)
     wasted["training lost to failures, and made again"] = _lost(records, stopped)
     for sae_id in saes.keys() | shares.keys():
         status = stopped.get(sae_id, "")

@@ -70,7 +70,7 @@ class Rates:
     """Counts as they grow, by name, over the last minute."""
 
     def __init__(self, seconds: float = RECENT_SECONDS) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._seen: deque[tuple[float, dict[str, float]]] = deque()
 
     def note(self, now: float, counts: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ class Rates:
                 for _, earlier in self._seen:
                     earlier.pop(name, None)
         self._seen.append((now, dict(counts)))
-        while self._seen[0][0] < now - self._seconds:
+        while self._seen[0][0] < now - self.seconds:
             self._seen.popleft()
 
     def rate(self, name: str) -> float | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 REMEMBERED = 100
@@ -48,6 +48,6 @@ class Failures:
         one["done"] = f"started again from step {step:,}" if step else "started again from the beginning"
         return dict(one)
 
-    def ended(self, pack_ids: Iterable[str]) -> None:
-        """Packs have ended as they were told to: their next start is no failure's."""
-        self._begun.difference_update(pack_ids)
+    def ended(self, pack_id: str) -> None:
+        """A pack has ended as it was told to: its next start is no failure's."""
+        self._begun.discard(pack_id)

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ class Pulse:
         self._storage, self._file, self._standing = storage, file, standing
         self._stopped = threading.Event()
         self.last = "ended"
+        self._latest: dict[str, Any] | None = None
+        self._has_complained = False
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
@@ -131,8 +134,19 @@ class Pulse:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            with contextlib.suppress(OSError):  # a disk that is full, a network that is away: the next one may do
-                self._storage.write_json(self._file, {"time": time.time(), **self._standing()})
+            self._beat({})
             self._stopped.wait(BEAT_SECONDS)
-        with contextlib.suppress(OSError):
-            self._storage.write_json(self._file, {"time": time.time(), **self._standing(), "phase": self.last})
+        self._beat({"phase": self.last})
+
+    def _beat(self, last: dict[str, Any]) -> None:
+        try:
+            self._latest = self._standing()
+        except OSError:  # a disk that is full, a network that is away: the next one may do
+            pass
+        except Exception:  # a driver that cannot say how it stands must not be taken for a dead one
+            if not self._has_complained:
+                traceback.print_exc()
+            self._has_complained = True
+        if self._latest is not None:
+            with contextlib.suppress(OSError):
+                self._storage.write_json(self._file, {"time": time.time(), **self._latest, **last})

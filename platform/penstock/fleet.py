@@ -32,6 +32,7 @@ class Fleet:
         self.restarts = 0  # of the stream
         self._before_restart: dict[str, float] = {}
         self._states: dict[str, str] = {}  # of the hosts, as the stream has told
+        self._collecting: Any = None  # a call that is not answered yet: the stream gives what it has only once
 
     @property
     def hosts_up(self) -> list[Any]:
@@ -90,19 +91,24 @@ class Fleet:
         self._tell_hosts()
 
     def collect(self) -> dict[str, Any] | None:
-        """What the stream has for the driver (see `Stream.collect`); None while it is being restarted: what it lost of
-        the packs' reports stands in their checkpoints."""
+        """What the stream has for the driver (see `Stream.collect`); None while it is being restarted, or slow: what a
+        restart loses of the packs' reports stands in their checkpoints."""
         import ray
 
         try:
-            found = ray.get(self.stream.collect.remote(), timeout=CALL_SECONDS)
+            self._collecting = self._collecting or self.stream.collect.remote()
+            found = ray.get(self._collecting, timeout=CALL_SECONDS)
+            self._collecting = None
             if found["incarnation"] != self.incarnation:
                 if self.incarnation is not None:
                     self._say("the stream was restarted; packs attach again and go on where they stand")
                     self._before_restart = dict(self.cost)
                     self.restarts += 1
                 self.incarnation, self._told = found["incarnation"], False
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        except ray.exceptions.GetTimeoutError:
+            return None
+        except ray.exceptions.RayActorError:
+            self._collecting = None
             return None
         if self._leaving or not self._told:
             with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):

@@ -39,15 +39,14 @@ class SweepLog:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._chunk: list[str] = []
-        self._bytes = 0
+        self._chunk: list[str] = []  # lines of the file that is written again, of which so many stand in it
+        self._written = 0
         self._number = 0
-        self._dirty = False
         self._flushed = 0.0
         self._storage: Storage | None = None
         self._folder = ""
         self._local: Path | None = None
-        self._new: list[str] = []
+        self._new: list[str] = []  # lines for the local file
 
     def add(self, text: str, **about: Any) -> None:
         """A line, and what it concerns: `sae`, or several, `of`; `pack`; `saes` says which those of the pack are from
@@ -59,8 +58,6 @@ class SweepLog:
         written = json.dumps(line, ensure_ascii=False)
         with self._lock:
             self._chunk.append(written)
-            self._bytes += len(written)
-            self._dirty = True
             self._new.append(written)
 
     def open(self, storage: Storage, folder: str, local: Path | None) -> None:
@@ -69,35 +66,40 @@ class SweepLog:
             self._storage, self._folder, self._local = storage, folder, local
 
     def flush(self, *, now: bool = False) -> None:
-        """Write what is new, every few seconds at most unless it is to be `now`. A disk that is full loses no line: the
-        next call tries again."""
+        """Write what is new, every few seconds at most unless it is to be `now`. A storage that is full loses no line:
+        the next call tries again. One thread at a time may; others may add lines meanwhile, and wait for no storage."""
         if self._storage is None or not (now or time.monotonic() - self._flushed >= FLUSH_SECONDS):
             return
         self._flushed = time.monotonic()
         with self._lock:
-            if self._local is not None and self._new:
-                with contextlib.suppress(OSError), self._local.open("a", encoding="utf-8") as stream:
-                    stream.write("".join(f"{line}\n" for line in self._new))
-                self._new = []
-            if self._dirty:
-                with contextlib.suppress(OSError):
-                    text = "".join(f"{line}\n" for line in self._chunk)
-                    self._storage.write(f"{self._folder}/{self._number:05d}.jsonl", text.encode())
-                    self._dirty = False
-                    if self._bytes >= CHUNK_BYTES:
-                        self._chunk, self._bytes, self._number = [], 0, self._number + 1
+            new, self._new = self._new, []
+            chunk = list(self._chunk)
+        if self._local is not None and new:
+            with contextlib.suppress(OSError), self._local.open("a", encoding="utf-8") as stream:
+                stream.write("".join(f"{line}\n" for line in new))
+        if len(chunk) == self._written:
+            return
+        with contextlib.suppress(OSError):
+            text = "".join(f"{line}\n" for line in chunk)
+            self._storage.write(f"{self._folder}/{self._number:05d}.jsonl", text.encode())
+            self._written = len(chunk)
+            if len(text) >= CHUNK_BYTES:
+                with self._lock:
+                    del self._chunk[: len(chunk)]
+                self._written, self._number = 0, self._number + 1
 
 
 def read_log(storage: Storage, sweep_id: str, known: dict[str, list[Line]] | None = None) -> list[Line]:
     """The lines of all attempts, in order. Raises `SweepError` when the storage cannot be read. `known`: files that
-    were read before, by name; only the last of an attempt is read again."""
+    were read before, by name; only the last one of an attempt, which may have grown since, is read again."""
     lines: list[Line] = []
     folder, known = logs_folder(sweep_id), {} if known is None else known
     try:
         for attempt in storage.names(folder):
             files = [f"{folder}/{attempt}/{name}" for name in storage.names(f"{folder}/{attempt}")]
+            last = max((file for file in files if file in known), default=None)
             for file in files:
-                if file not in known or file == files[-1]:
+                if file not in known or file == last:
                     known[file] = parse_lines(storage.read(file).decode("utf-8", "replace"))
                 lines += known[file]
     except OSError as error:

@@ -215,7 +215,8 @@ class Pack:
                     )
                     what = f"SAE {slot.member.sae_id}: its checkpoint could not be written ({reason_of(error)})"
                     done = "training goes on, the last whole one stays"
-                    self._emit({"kind": "failure", "sae_id": slot.member.sae_id, "what": what, "done": done})
+                    about = {"sae_id": slot.member.sae_id, "what": what, "done": done}
+                    self._emit({"kind": "failure", **about, "worker_lives": True})
         self._emit({"kind": "saved", "saes": saved})
         return saved
 
@@ -283,7 +284,7 @@ class Pack:
                 torch.cuda.empty_cache()
             done = f"train.micro_batch_tokens halved to {micro_batch // 2}, the step is made again"
             self._log(f"out of memory: {done}")
-            self._emit({"kind": "failure", "what": "a step ran out of memory", "done": done})
+            self._emit({"kind": "failure", "what": "a step ran out of memory", "done": done, "worker_lives": True})
 
     def _stop_if_diverged(self, slot: _Slot) -> bool:
         if slot.trainer.diverged:

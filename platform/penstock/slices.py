@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from penstock.errors import SweepError, UserError
+from penstock.text import last_line
 
 STATUS_SECONDS = 10.0
 TRIES = 3  # as many hosts as a slice may kill
@@ -43,7 +44,7 @@ def over_hosts(
             try:
                 result = ray.get(reference)
             except ray.exceptions.RayActorError as error:
-                reason = ([line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"])[-1]
+                reason = last_line(error)
                 if number is None and isinstance(error, ray.exceptions.ActorDiedError):
                     continue  # for good: it could not be built again
                 if number is not None:

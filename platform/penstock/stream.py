@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from penstock.stream_state import HaltedError, LeaseLostError, StreamState, Work
+from penstock.text import last_line
 
 # A host that is silent for longer than this, and many times longer than blocks take, hangs.
 HARVEST_SECONDS = 600.0
@@ -311,9 +312,3 @@ async def _answers(host: Host) -> bool:
     except (TimeoutError, HostGoneError):
         return False
     return True
-
-
-def last_line(error: Exception) -> str:
-    """What an error says in the end; an error from another process brings that one's traceback before it."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

@@ -51,6 +51,7 @@ from penstock.sharing import Sharing
 from penstock.spec import SweepSpec
 from penstock.stopping import IDLE_SECONDS, JOB_STOP_SECONDS, SAVE_SECONDS, STOPPED_STATUS, StopOrder, SweepStopped
 from penstock.storage import Storage
+from penstock.text import last_line
 from penstock.tokens import build_token_store
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class Driver(Session):
         self._first_step: float | None = None
         self._order = StopOrder()
         self._job_id: str | None = None  # of the Ray job that this is, where it was submitted
+        self._folder = _working_folder()
         self._stream_restarts = 0
         self._halted_at: float | None = None
         self._halt_told: int | None = None  # the incarnation of the stream that knows
@@ -194,8 +196,7 @@ class Driver(Session):
         except SweepStopped as order:
             left = self._what_is_left()
             self._outcome = {"status": "stopped", "exit_status": STOPPED_STATUS, "reason": str(order), "left": left}
-            if self._tracker is not None:
-                self._tracker.interrupt(str(order), "stopped")
+            self._interrupt_tracking(str(order), "stopped")
             self.say(f"stopped: {left}")
             self.say(f"go on with: penstock resume {self.spec.name} --home {self.home.path}")
             raise
@@ -205,9 +206,16 @@ class Driver(Session):
             if isinstance(error, KeyboardInterrupt):
                 self._outcome = {"status": "interrupted", "exit_status": 130, "reason": "it was interrupted"}
             self._chronicle.log.add(f"the sweep has failed: {reason}", detail=traceback.format_exc())
-            if self._tracker is not None:
-                self._tracker.interrupt(reason)
+            self._interrupt_tracking(reason, "interrupted")
             raise
+
+    def _interrupt_tracking(self, reason: str, status: str) -> None:
+        """Tell MLflow that the sweep has not ended. That it cannot be told must not hide the reason."""
+        if self._tracker is not None:
+            try:
+                self._tracker.interrupt(reason, status)
+            except Exception as error:
+                self.say(f"MLflow could not be told that the sweep was {status}: {last_line(error)}")
 
     def close(self) -> None:
         """Stop what this driver started."""
@@ -220,7 +228,8 @@ class Driver(Session):
         if self._meters is not None:
             self._meters.end(time.time(), self._outcome.get("status", "failed"))
         if self._fence is not None:
-            release(self._fence)
+            with suppress(OSError, ValueError):  # the next driver waits until this one is silent
+                release(self._fence)
         self._mirror.close()
         super().close()
 
@@ -509,8 +518,11 @@ class Driver(Session):
         from penstock.trial import steps_reached
 
         steps, journal = self.spec.train.steps, self.sweep.journal
-        left = [sae for sae in self.sweep.left() if sae in self.left]
-        at = [steps_reached(self.storage, sae.sae_id, steps, journal) for sae in left]
+        try:
+            left = [sae for sae in self.sweep.left() if sae in self.left]
+            at = [steps_reached(self.storage, sae.sae_id, steps, journal) for sae in left]
+        except OSError as error:
+            return f"storage {self.storage.uri!r} cannot be asked what is done ({error})"
         begun = [step for step in at if step]
         done = len(self.sweep.saes) - len(left)
         where = ""
@@ -621,7 +633,7 @@ class Driver(Session):
             "cost": cost,
             "home": str(self.home.path),
             "storage": self.storage.uri,
-            "folder": os.getcwd(),
+            "folder": self._folder,
             "job": self._job_id,
             "job_stop_seconds": float(os.environ.get(JOB_STOP_SECONDS, 0)),
             "stopping": self._order.asked,
@@ -726,7 +738,7 @@ class Driver(Session):
         return {"saes_pruned": len(spared), "sae_tokens_spared": sum(spared) * self.spec.train.batch_tokens}
 
     def _print_front(self) -> None:
-        from penstock.cli import format_front
+        from penstock.front_table import format_front
         from penstock.tracking import sweep_table
 
         table = sweep_table(self.home, self.sweep.sweep_id)
@@ -751,7 +763,15 @@ class Driver(Session):
         )
 
 
+def _working_folder() -> str | None:
+    """None where somebody has removed it."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
 def _command(name: str) -> str:
     """A command of this environment as its user types it here."""
-    beside = Path(sys.executable).with_name(name)
-    return os.path.relpath(beside) if beside.exists() and Path.cwd() in beside.parents else name
+    beside, here = Path(sys.executable).with_name(name), _working_folder()
+    return os.path.relpath(beside) if beside.exists() and here and Path(here) in beside.parents else name

@@ -1,4 +1,4 @@
-"""Tables and numbers as a terminal shows them, and as JSON has them."""
+"""Tables, numbers and errors as a terminal shows them, and as JSON has them."""
 
 import math
 from collections.abc import Sequence
@@ -44,3 +44,9 @@ def figure(value: Any, decimals: int) -> str:
     """With so many decimals; `-` for what is missing."""
     found = plain(value)
     return "-" if found is None else f"{found:.{decimals}f}"
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end; an error from another process brings that one's traceback before it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -24,6 +24,7 @@ from penstock.identity import content_id
 from penstock.journal import Journal
 from penstock.spool import SpooledStream
 from penstock.storage import Storage
+from penstock.text import last_line
 
 TRIES_WITHOUT_PROGRESS = 3
 CAUSE_CHARACTERS = 200  # of what a worker died of
@@ -158,8 +159,7 @@ def _cause(error: Exception) -> str:
         return "its node died"
     if "worker process has died" in text:
         return "its process was killed, or crashed"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:CAUSE_CHARACTERS] if lines else type(error).__name__
+    return last_line(error)[:CAUSE_CHARACTERS]
 
 
 def one_worker(resources: Mapping[str, float], labels: Mapping[str, str]) -> Any:

@@ -93,6 +93,14 @@ def test_saes_that_gave_nothing_and_blocks_made_again_are_named():
     assert pruned.wasted["SAEs that were pruned"] == Amount(15, 30)
 
 
+def test_an_sae_that_failed_and_was_trained_in_another_attempt_is_no_loss():
+    failed = record([worker("w1", 0, 40, {"a": [40, 40, 500]})], stopped={"a": "failed"})
+    trained = record([worker("w2", 200, 40, {"a": [40, 40, 500]})], started=190)
+    assert "SAEs that diverged or failed" in settled(failed).wasted
+    found = settled(failed, trained)
+    assert "SAEs that diverged or failed" not in found.wasted and not any(one.status for one in found.saes)
+
+
 def test_money_is_shown_where_a_price_is_known():
     one = record([worker("w", 0, 3600, {"a": [3600, 3600, 10]})], {"train": (3600, 3600, 0, 0)})
     found = settled(one, gpu_hour=2.0, cpu_hour=0.1)
@@ -131,7 +139,7 @@ def test_the_books_are_kept_while_it_runs(tmp_path, monkeypatch):
     (only,) = written["workers"].values()
     assert (only["held"], only["waiting"], only["saes"]) == (6, 0.5, {"a": [2.0, 2.0, 20]})
     # A disk that is full costs the sweep nothing but its books.
-    monkeypatch.setattr(Storage, "write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError("full")))
     books.write()
 
 

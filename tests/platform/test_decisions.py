@@ -260,7 +260,7 @@ def test_the_front_is_filled_by_the_search_split_once_and_with_the_ids_of_a_grid
     sweep, host = resolved
     train(sweep, host)
 
-    def in_this_process(sweep, hosts, say, split, saes):
+    def in_this_process(sweep, hosts, say, split, saes, check):
         return evaluate(sweep, host, split, saes)
 
     monkeypatch.setattr(decisions, "evaluate_on_hosts", in_this_process)

@@ -65,7 +65,7 @@ def test_a_failure_is_closed_by_the_next_start_of_its_pack():
     }  # fmt: skip
     failures.started("a", 1200)
     assert [one["done"] for one in failures.latest] == ["started again from step 1,200", "started again from step 8"]
-    failures.ended(["a"])
+    failures.ended("a")
     assert failures.started("a", 9) is None and failures.total == 2
 
 

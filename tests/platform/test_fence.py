@@ -114,6 +114,27 @@ def test_a_pulse_says_how_things_stand_and_that_they_have_ended(storage, monkeyp
     assert storage.read_json(BEAT)["phase"] == "ended"
 
 
+def test_a_driver_that_cannot_say_how_it_stands_is_not_taken_for_a_dead_one(storage, monkeypatch, capsys):
+    monkeypatch.setattr(fences, "BEAT_SECONDS", 0.05)
+    stands = [{"phase": "train"}]
+
+    def standing():
+        if stands:
+            return stands.pop()
+        raise RuntimeError("dictionary changed size during iteration")
+
+    pulse = Pulse(storage, BEAT, standing)
+    while stands or not storage.exists(BEAT):
+        pass
+    first = storage.read(BEAT)
+    while storage.read(BEAT) == first:
+        pass
+    assert storage.read_json(BEAT)["phase"] == "train"
+    pulse.stop()
+    assert storage.read_json(BEAT)["phase"] == "ended"
+    assert capsys.readouterr().err.count("Traceback") == 1  # it is said once
+
+
 def test_a_fence_closed_while_a_folder_is_written_keeps_it_from_coming_about(storage):
     mine, _ = take(storage)
     pack = mine.of("pack", 1)

@@ -1,6 +1,7 @@
 """What a driver has said: kept in files that are never appended to, and found again by SAE."""
 
 import json
+import threading
 
 import pytest
 
@@ -50,6 +51,47 @@ def test_a_follower_reads_only_what_is_new(tmp_path):
     log.add("two")
     log.flush(now=True)
     assert [line["text"] for line in read_log(storage, ID, known)][1:] == ["one", "two"]
+
+
+def test_a_follower_misses_nothing_of_a_file_that_was_filled_since_it_looked(tmp_path):
+    storage, known = Storage(tmp_path), {}
+    log = SweepLog()
+    log.open(storage, f"{logs_folder(ID)}/first", None)
+    log.add("one")
+    log.flush(now=True)
+    assert [line["text"] for line in read_log(storage, ID, known)] == ["one"]
+    log.add("x" * CHUNK_BYTES)
+    log.flush(now=True)
+    log.add("two")
+    log.flush(now=True)
+    assert [line["text"][:3] for line in read_log(storage, ID, known)] == ["one", "xxx", "two"]
+
+
+def test_who_adds_a_line_does_not_wait_for_a_slow_storage(tmp_path):
+    begun, free = threading.Event(), threading.Event()
+
+    class Slow(Storage):
+        def write(self, name, data):
+            begun.set()
+            assert free.wait(30)
+            super().write(name, data)
+
+    storage, log = Slow(tmp_path), SweepLog()
+    log.open(storage, f"{logs_folder(ID)}/first", None)
+    log.add("one")
+    writing = threading.Thread(target=lambda: log.flush(now=True))
+    writing.start()
+    assert begun.wait(30)
+    adding = threading.Thread(target=lambda: log.add("two"))
+    adding.start()
+    adding.join(10)
+    waited = adding.is_alive()
+    free.set()
+    writing.join()
+    adding.join()
+    assert not waited
+    log.flush(now=True)
+    assert [line["text"] for line in read_log(storage, ID)] == ["one", "two"]
 
 
 def test_no_secret_is_kept(tmp_path, monkeypatch):
@@ -125,6 +167,38 @@ def test_an_sae_is_named_by_the_beginning_of_its_id(lines):
         find_sae(found, "a")
     with pytest.raises(SweepError, match="names no SAE whose id begins so; there is: aa11, ab22, cc33"):
         find_sae(found, "x")
+
+
+def test_a_failure_that_a_worker_lived_through_is_not_what_it_died_of():
+    chronicle = Chronicle()
+    chronicle.heed({"kind": "started", "pack_id": "p", "sae_ids": ["a"], "step": 0})
+    done = "the step is made again"
+    lived = {"kind": "failure", "pack_id": "p", "what": "a step ran out of memory", "done": done, "worker_lives": True}
+    chronicle.heed(lived)
+    chronicle.heed({"kind": "started", "pack_id": "p", "sae_ids": ["a"], "step": 7})
+    assert [(one["what"], one["done"]) for one in chronicle.failures.latest] == [
+        ("a step ran out of memory", "the step is made again"),
+        ("the worker of pack p died", "started again from step 7"),
+    ]
+
+
+def test_a_pack_that_has_yielded_still_counts_for_the_estimate():
+    chronicle, cost = Chronicle(), {"harvested_tokens": 1000.0, "harvest_seconds": 10.0}
+    for pack in ("p", "q"):
+        chronicle.heed({"kind": "started", "pack_id": pack, "sae_ids": [pack], "step": 0})
+
+    def eta(status):
+        stream = {"packs": {"p": {"status": "live", "step": 10, "trained_tokens": 100},
+                            "q": {"status": status, "step": 10, "trained_tokens": 100}}}  # fmt: skip
+        for second in (0, 10):
+            stream["packs"]["p"]["step"] = second
+            chronicle.note(float(second), stream, cost)
+        about = {"steps": 100, "batch_tokens": 10, "slots": 1, "ended": {}, "evaluation_tokens": 0.0}
+        return chronicle.report("train", 30.0, stream, cost, **about)["eta_seconds"]
+
+    alone = eta("done")
+    chronicle.heed({"kind": "halted", "pack_id": "q", "why": "yield", "step": 10})
+    assert alone == pytest.approx(90) and eta("done") > 90 + 90
 
 
 def test_the_estimate_falls_while_packs_train_and_while_an_evaluation_runs():

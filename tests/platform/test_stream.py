@@ -7,8 +7,9 @@ import time
 import pytest
 
 from penstock import stream as stream_module
-from penstock.stream import BlockInfo, HostGoneError, Stream, last_line
+from penstock.stream import BlockInfo, HostGoneError, Stream
 from penstock.stream_state import IN_SPOOL, BlockSet, HaltedError, LeaseLostError, StreamState, SupersededError
+from penstock.text import last_line
 
 A, B = "blocks.1.hook_resid_post", "blocks.4.hook_resid_post"
 
