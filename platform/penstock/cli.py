@@ -334,7 +334,8 @@ def _plan(arguments: argparse.Namespace, home: Home) -> int:
     if arguments.cluster is not None and arguments.address is None:
         raise SweepError("--cluster is given without --address: it says what the autoscaler of a running cluster may "
                          "add; accepted: both")  # fmt: skip
-    _check_address("" if (arguments.address or "").startswith("http") else arguments.address or "")
+    if arguments.address is not None and not arguments.address.startswith(("http://", "https://")):
+        _check_address(arguments.address)
     text, status = plan_command(arguments.spec, home, arguments.address, arguments.cluster)
     print(text)
     return status
@@ -352,18 +353,22 @@ def _check_storage(spec_path: str, home: Home) -> None:
         Storage(home.storage_uri(storage)).check_writable()
 
 
-def _check_address(address: str) -> None:
-    """Whether anything listens at HOST:PORT. Ray itself would try for minutes."""
+def _check_address(given: str | None) -> None:
+    """Whether anything listens at the HOST:PORT of a cluster that is to be joined, given or in RAY_ADDRESS. Ray itself
+    would try for minutes."""
+    address = given or os.environ.get("RAY_ADDRESS") or ""
+    source = "--address" if given else "RAY_ADDRESS"
+    accepted = "accepted: auto, or the HOST:PORT of a running head, like 127.0.0.1:6379"
+    if address.startswith(("http://", "https://")):
+        raise SweepError(f"{source} {without_user(address)!r} is the address of a dashboard, to which `penstock "
+                         f"submit` sends jobs; {accepted}")  # fmt: skip
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ADDRESS_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise SweepError(
-            f"--address {address!r}: no Ray cluster answers there ({error}); accepted: auto, or the HOST:PORT of a "
-            "running head, like 127.0.0.1:6379"
-        ) from None
+        raise SweepError(f"{source} {address!r}: no Ray cluster answers there ({error}); {accepted}") from None
 
 
 def _run(arguments: argparse.Namespace, home: Home) -> int:
@@ -372,7 +377,7 @@ def _run(arguments: argparse.Namespace, home: Home) -> int:
     _check_storage(arguments.spec, home)
     home.check_writable()
     home.check_tracking()
-    _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+    _check_address(arguments.address)
     return run(arguments.spec, home, arguments.address, allow_code_change=arguments.allow_code_change)
 
 
@@ -380,7 +385,7 @@ def _harvest(arguments: argparse.Namespace, home: Home) -> int:
     from penstock.harvest import harvest
 
     _check_storage(arguments.spec, home)
-    _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+    _check_address(arguments.address)
     return harvest(arguments.spec, home, arguments.address)
 
 
@@ -416,7 +421,7 @@ def _resume(arguments: argparse.Namespace, home: Home) -> int:
     change = arguments.allow_code_change
     if arguments.address is None or "://" not in arguments.address:
         home.check_tracking()
-        _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+        _check_address(arguments.address)
     return resume(home, arguments.sweep, arguments.address, arguments.follow, allow_code_change=change)
 
 
@@ -489,7 +494,7 @@ def _evaluate(arguments: argparse.Namespace, home: Home) -> int:
         )  # fmt: skip
     else:
         home.check_tracking()
-        _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+        _check_address(arguments.address)
         found = evaluate_sweep(home, names[0], asked, arguments.address)
     print(found.as_json() if arguments.json else found.as_text())
     return 0
@@ -540,7 +545,7 @@ def _make_features(arguments: argparse.Namespace, home: Home, ours: Sequence[str
         _refuse(arguments, f"sweep {name!r}", "an SAE folder", ["model", "processing"])
         if arguments.sae is not None:
             _refuse(arguments, f"--sae {arguments.sae!r}, which is one SAE", "a hook point", ["architecture", "l0"])
-    _check_address(arguments.address or os.environ.get("RAY_ADDRESS") or "")
+    _check_address(arguments.address)
     asked = Asked(arguments.dataset, arguments.text_column, arguments.tokens, arguments.context)
     how = {
         "workers": Workers(arguments.workers, arguments.address, arguments.gpus_per_worker),

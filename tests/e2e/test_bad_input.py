@@ -348,7 +348,10 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path, capsys, m
     for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
         refused(capsys, ["run", write_spec(tmp_path), "--address", address], f"--address '{address}'", "HOST:PORT")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    refused(capsys, ["run", write_spec(tmp_path)], "'127.0.0.1:9'", "no Ray cluster answers there")
+    refused(capsys, ["run", write_spec(tmp_path)], "RAY_ADDRESS '127.0.0.1:9'", "no Ray cluster answers there")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    message = refused(capsys, ["run", write_spec(tmp_path)], "RAY_ADDRESS 'http://127.0.0.1:9'", "HOST:PORT")
+    assert "the address of a dashboard, to which `penstock submit` sends jobs" in message
     assert time.monotonic() - begun < 10
 
 
