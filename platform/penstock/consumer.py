@@ -31,7 +31,7 @@ class StreamClient:
         self, stream: Any, pack_id: str, arrays: Sequence[str], run: int, spool: SpooledStream | None = None
     ) -> None:
         self._stream = stream
-        self.pack_id = self._pack_id = pack_id
+        self.pack_id = pack_id
         self._arrays = tuple(arrays)
         self._run = run
         self._spool = spool
@@ -73,12 +73,12 @@ class StreamClient:
 
     def emit(self, event: dict[str, Any]) -> None:
         """Tell the driver something; sent with the next sign of life."""
-        self._events.append({"pack_id": self._pack_id, **event})
+        self._events.append({"pack_id": self.pack_id, **event})
 
     def log(self, message: str) -> None:
         """Say something where the user sees it."""
         print(message, flush=True)
-        self.emit({"kind": "log", "message": f"pack {self._pack_id}: {message}"})
+        self.emit({"kind": "log", "message": f"pack {self.pack_id}: {message}"})
 
     def keep_alive(self) -> None:
         """Send what was emitted, about once a second; have the next block come nearer. To be called at every step."""
@@ -97,7 +97,7 @@ class StreamClient:
     def ask_halted(self) -> str | None:
         """Why the pack is to save and end; None where it is not, or where the stream is away."""
         try:
-            return ray.get(self._stream.halted.remote(self._pack_id, self._run), timeout=60)
+            return ray.get(self._stream.halted.remote(self.pack_id, self._run), timeout=60)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return None
 
@@ -115,7 +115,7 @@ class StreamClient:
     def _tell(self, method: Any, *args: Any) -> Any:
         """A call whose answer nobody waits for and whose loss does no harm: what it says is repeated, or stands in
         storage as well."""
-        self._last_call = method.remote(self._pack_id, *args, self._run)
+        self._last_call = method.remote(self.pack_id, *args, self._run)
         return self._last_call
 
     def _hear(self) -> None:
@@ -126,16 +126,16 @@ class StreamClient:
                 self.stops, self.halt = decided["stops"], decided["halt"]
 
     def _request(self, block: int) -> Any:
-        return self._stream.next_block.remote(self._pack_id, block, self._run)
+        return self._stream.next_block.remote(self.pack_id, block, self._run)
 
     def _attach(self, block: int) -> None:
         for _ in range(AWAY_SECONDS):
             try:
-                ray.get(self._stream.attach.remote(self._pack_id, self._arrays, block, self._run))
+                ray.get(self._stream.attach.remote(self.pack_id, self._arrays, block, self._run))
                 return
             except ray.exceptions.RayActorError:
                 time.sleep(1.0)  # the stream is being restarted
-        raise SweepError(f"pack {self._pack_id}: the stream has been away for {AWAY_SECONDS} s")
+        raise SweepError(f"pack {self.pack_id}: the stream has been away for {AWAY_SECONDS} s")
 
     def _resolve(self, request: Any, block: int) -> dict[str, Any]:
         while True:
@@ -207,6 +207,6 @@ class StreamClient:
 
     def _tell_lost(self, block: int, arrays: Sequence[str], reason: str) -> None:
         try:
-            ray.get(self._stream.forget.remote(self._pack_id, block, list(arrays), reason), timeout=60)
+            ray.get(self._stream.forget.remote(self.pack_id, block, list(arrays), reason), timeout=60)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             pass  # a stream that is new has forgotten it anyway

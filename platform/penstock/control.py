@@ -13,7 +13,7 @@ from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS
 from penstock.home import Home
 from penstock.logs import about_sae, as_text, find_sae, read_log
-from penstock.status import Far, Near, Standing, status_of, watched
+from penstock.status import ENDS, Far, Near, Standing, status_of, watched
 from penstock.stopping import LEAVE_SECONDS, SAVE_SECONDS, ask_to_stop
 from penstock.storage import Storage
 
@@ -32,7 +32,7 @@ def stop(home: Home, sweep: str, address: str | None = None, *, now: bool = Fals
         from penstock.remote import Cluster
 
         cluster = Cluster(address)
-        if not any(sweep in (report["name"], report["sweep_id"]) and report["phase"] not in ("ended", "stopped")
+        if not any(sweep in (report["name"], report["sweep_id"]) and report["phase"] not in ENDS
                    for _, report in cluster.reports()) and _stop_before_it_reports(cluster, sweep):  # fmt: skip
             return 0
     where = watched(home, sweep, address)
@@ -80,8 +80,10 @@ def _ask(where: Near | Far, standing: Standing, now: bool) -> None:
 
 def _stop_before_it_reports(cluster: Any, sweep: str) -> bool:
     """A job that reads its tokens still has nothing to save. Whether there was one."""
+    from penstock.remote import RUNNING
+
     job = cluster.job_of(sweep)
-    if job is None or job["status"] not in ("PENDING", "RUNNING"):
+    if job is None or job["status"] not in RUNNING:
         return False
     cluster.dashboard.jobs.stop_job(job["submission_id"])
     print(f"sweep {sweep}: its job {job['submission_id']} was stopped before it had begun to train")
@@ -121,7 +123,7 @@ def resume(
     where: Near | Far = Near(home, sweep) if not as_job or knows(home, sweep) else Far(str(address), sweep)
     standing = where.look()
     _refuse_live(standing)
-    if standing.has_ended and standing.published:
+    if standing.published and standing.outcome.get("status") == "finished":
         print(f"sweep {sweep} ({standing.sweep_id}) has finished; what came out: penstock front {sweep}")
         return 0
     name = sweep if standing.report is None else standing.report["name"]

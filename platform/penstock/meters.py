@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.util.metrics import Counter, Gauge
 
+from penstock.status import sae_counts
+
 if TYPE_CHECKING:
     from penstock.stream import Stream
 
@@ -35,9 +37,6 @@ HOST_STATES = ("working", "idle", "starting", "broken")
 PACK_STATES = {"expected": "starting", "live": "training", "gone": "no step for too long", "done": "ended"}
 
 PHASES = ("start", "train", "search", "evaluate")
-# Of SAEs: before, while and after they are trained; `done before`: in an earlier round, attempt or sweep.
-TRAINED = ("done before", "waiting", "training", "trained")
-STOPPED = ("pruned", "diverged", "failed")
 UNFIT_FROM = 0.1  # of its tokens: before that an SAE's explained variance may well be below 0
 # A counter exists from its first increment on, and a rate misses that one: each begins with next to nothing.
 _NEXT_TO_NOTHING = sys.float_info.min
@@ -207,14 +206,3 @@ class DriverMeters:
         """The driver ends by itself, at the Unix time `now`: that it reports nothing more is no cause for alarm.
         outcome: `finished`, `stopped` or `failed`."""
         self._ended.set(now, {"outcome": outcome})
-
-
-def sae_counts(report: Mapping[str, Any]) -> dict[str, int]:
-    """How many SAEs stand where, from a driver's report; every status is there, if only with 0."""
-    at = [tokens for of_hook_point in report["tokens_at"].values() for tokens in of_hook_point]
-    counts = dict.fromkeys((*TRAINED, *STOPPED), 0)
-    counts["done before"] = report["saes"] - len(at) - sum(report["stopped"].values())
-    counts["waiting"] = sum(tokens == 0 for tokens in at)
-    counts["trained"] = sum(tokens >= report["tokens"] for tokens in at)
-    counts["training"] = len(at) - counts["waiting"] - counts["trained"]
-    return counts | report["stopped"]

@@ -22,8 +22,6 @@ from penstock.models import (
     describe_model,
 )
 from penstock.pack import PackMember
-from penstock.placement import Cluster as Cluster
-from penstock.placement import Node as Node
 from penstock.search import Peer, rung_steps
 from penstock.sites import Site, parse_array
 from penstock.spec import DataSpec, SweepSpec, TrainSpec, expand_axes, load_spec, place

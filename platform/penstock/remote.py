@@ -19,8 +19,8 @@ from penstock.errors import SweepError
 from penstock.logs import Line, parse_lines, session_file
 
 NODES_AT_ONCE = 16
+RUNNING = ("PENDING", "RUNNING")  # jobs, as Ray calls them
 _SUFFIX = ".json"
-RUNNING = ("PENDING", "RUNNING")
 _LOOK_SECONDS = 2.0
 
 

@@ -107,9 +107,7 @@ class Sharing:
         if trials is None:
             return
         room = Room(*self._free()) if len(at_work) > max(1, shares[self._sweep_id].packs) else Room(Cluster(()))
-        packs, whom = self._generosity.to_yield(
-            time.time(), shares[self._sweep_id], at_work, others, shares, room
-        )  # fmt: skip
+        packs, whom = self._generosity.to_yield(time.time(), shares[self._sweep_id], at_work, others, shares, room)
         if packs and self._fleet.halt_packs(packs, YIELD):
             self._say(f"sweep {whom} waits for its share: {len(packs)} pack(s) are saved, end, and go on when there is "
                       f"room again: {', '.join(packs)}")  # fmt: skip

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from penstock.cli import text_table
 from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS, SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.storage import Storage
+from penstock.text import text_table
 
 BAR = 24  # characters
 HOOK_POINT = 26  # characters of one in a table
@@ -28,9 +28,10 @@ REMEMBERED = 16  # reports of the past, over which `--watch` measures who waits
 FAILURES_SHOWN = 5
 RECENT = 20  # sweeps in the table of all
 GIVEN_UP_SECONDS = 120.0  # of silence, after which `--watch` waits for a driver no longer
-ENDED, STOPPED, EVALUATE = "ended", "stopped", "evaluate"
+EVALUATE = "evaluate"
+ENDS = ("ended", "stopped")  # phases after which nothing comes
 LOST_STATUS = 1
-_ENDS = (ENDED, STOPPED)
+_SAID = {"waiting": "not begun"}  # of SAEs, where it is not packs that wait for blocks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Standing:
     @property
     def has_ended(self) -> bool:
         """Whether nothing more will come, unless the sweep is started again."""
-        return self.published if self.report is None else self.report["phase"] in _ENDS
+        return self.published if self.report is None else self.report["phase"] in ENDS
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _look(storage: Storage, sweep_id: str, sweep: str) -> Standing:
     try:
         file = status_file(sweep_id)
         report = storage.read_json(file) if storage.exists(file) else None
-        over = report is None or report["phase"] in _ENDS
+        over = report is None or report["phase"] in ENDS
         published = over and storage.exists(f"sweeps/{sweep_id}/result.json")
     except OSError as error:
         raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be read: {error}") from None
@@ -194,7 +195,7 @@ class Far:
 
 def _from_afar(sweep: str, report: dict[str, Any]) -> Standing:
     finished = (report.get("outcome") or {}).get("status") == "finished"
-    return Standing(sweep, report["sweep_id"], time.time(), report, report["phase"] in _ENDS and finished)
+    return Standing(sweep, report["sweep_id"], time.time(), report, report["phase"] in ENDS and finished)
 
 
 def watched(home: Home, sweep: str | None, address: str | None, *, wait: bool = False) -> Near | Far:
@@ -382,23 +383,26 @@ def _progress(report: dict[str, Any]) -> str:
             lines.append(f"{label.ljust(width)}  [{bar}] {int(100 * share):3d}%  {len(at)} SAEs")
         else:
             lines.append(f"{label.ljust(width)}  nothing left to train")
-    lines.append("SAEs   " + ", ".join(f"{count} {state}" for state, count in sae_states(report).items() if count))
+    counted = ", ".join(f"{count} {_SAID.get(name, name)}" for name, count in sae_counts(report).items() if count)
+    lines.append(f"SAEs   {counted}")
     lines.append(f"tokens {report['tokens']:,} an SAE; {_rates(report)}")
     share = report.get("share") or {}
     if share.get("slots"):
-        sweeps = share.get("sweeps")
-        count = sweeps if isinstance(sweeps, int) else len(sweeps or ())
-        lines.append(f"share  {share['slots']} pack(s) at once" + (f", {count} sweeps on the cluster" if count else ""))
+        others = len(share["sweeps"])
+        lines.append(f"share  {share['slots']} pack(s) at once, beside {others} other sweep(s) on the cluster")
     return "\n".join(lines)
 
 
-def sae_states(report: Mapping[str, Any]) -> dict[str, int]:
-    """How many SAEs stand where."""
+def sae_counts(report: Mapping[str, Any]) -> dict[str, int]:
+    """How many SAEs stand where, from a driver's report; every status is there, if only with 0. Those `done before`
+    were so in an earlier round, attempt or sweep."""
     at = [tokens for of_site in report["tokens_at"].values() for tokens in of_site]
+    stopped = report.get("stopped") or {}
     waiting, trained = sum(tokens == 0 for tokens in at), sum(tokens >= report["tokens"] for tokens in at)
     return {
-        "training": len(at) - waiting - trained, "not begun": waiting, "trained": trained,
-        "done before": report["saes"] - report["left"], **(report.get("stopped") or {}),
+        "training": len(at) - waiting - trained, "waiting": waiting, "trained": trained,
+        "done before": report["saes"] - len(at) - sum(stopped.values()),
+        **dict.fromkeys(("pruned", "diverged", "failed"), 0), **stopped,
     }  # fmt: skip
 
 

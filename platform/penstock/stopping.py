@@ -53,6 +53,7 @@ class StopOrder:
         self.reason: str | None = None
         self.now = False
         self._at_once = True  # nothing is there yet that could be saved
+        self._terminated = False
         self._before: Any = None
         self._listens = False
         self._storage: Storage | None = None
@@ -100,9 +101,9 @@ class StopOrder:
         self.now = self.now or bool(order.get("now"))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self._terminated:
             raise KeyboardInterrupt
-        self.reason = "SIGTERM"
+        self._terminated, self.reason = True, self.reason or "SIGTERM"
         if self._at_once:
             raise SweepStopped("the sweep was stopped by SIGTERM before it had begun to train")
 

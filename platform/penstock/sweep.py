@@ -222,7 +222,8 @@ class Driver(Session):
         self._order.close()
         if self._pulse is not None:
             self._pulse.stop("stopped" if self._outcome.get("status") == "stopped" else "ended")
-            self._chronicle.write({"time": time.time(), **self._standing(), "phase": self._pulse.last}, now=True)
+            with suppress(OSError):
+                self._chronicle.write({"time": time.time(), **self._standing(), "phase": self._pulse.last}, now=True)
         if self._accounts is not None:
             self._accounts.write(over=True)
         if self._meters is not None:

@@ -11,7 +11,8 @@ import yaml
 from ray.util.metrics import Counter, Metric
 
 from penstock import meters
-from penstock.meters import DriverMeters, Meters, sae_counts
+from penstock.meters import DriverMeters, Meters
+from penstock.status import sae_counts
 
 HERE = Path(__file__).parent
 GRAFANA = HERE.parents[1] / "dashboards" / "grafana"

@@ -107,6 +107,21 @@ os.kill(os.getpid(), signal.SIGTERM)
     assert done.stdout == "True SIGTERM\n" and "KeyboardInterrupt" in done.stderr
 
 
+def test_the_first_sigterm_lets_a_driver_save_that_was_asked_otherwise_before(tmp_path):
+    code = f"""
+from penstock.stopping import ask_to_stop
+from penstock.storage import Storage
+storage = Storage({str(tmp_path)!r})
+order.listen(); order.watch(storage, 'x')
+ask_to_stop(storage, 'x')
+print(order.look(), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print(order.reason.split(',')[0], flush=True)
+"""
+    done = in_a_process(code)
+    assert done.stdout == "True\npenstock stop\n" and done.returncode == 0
+
+
 def test_sigterm_ends_a_driver_that_only_starts_at_once_and_the_handler_before_comes_back():
     done = in_a_process("""
 order.listen()
@@ -177,6 +192,8 @@ def test_a_sweep_is_gone_on_with_by_the_spec_that_is_kept_with_it(storage, tmp_p
     [
         ({}, False, 2, "sweep 'demo' is running: process 4711 on the-driver is at it; accepted: penstock stop demo"),
         ({"phase": "ended", "outcome": {"status": "finished", "exit_status": 0}}, True, 0, "has finished; what came"),
+        ({"phase": "stopped", "outcome": {"status": "stopped", "left": "of 7 SAEs 2 done"}}, True, 2,
+         "was stopped; of 7 SAEs 2 done"),
         ({"phase": "stopped", "outcome": {"status": "stopped", "left": "of 7 SAEs 2 done"}}, False, 2,
          "keeps no spec in storage .* accepted: penstock run SPEC"),
     ],

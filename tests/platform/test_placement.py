@@ -16,8 +16,8 @@ from penstock.live_cluster import (
     types_of,
 )
 from penstock.models import ModelDescription
-from penstock.placement import Room, host_request, pack_request
-from penstock.plan import Cluster, Node, plan_saes
+from penstock.placement import Cluster, Node, Room, host_request, pack_request
+from penstock.plan import plan_saes
 from penstock.spec import ResourceSpec, parse_spec
 
 ROLE = "penstock/role"

@@ -70,7 +70,7 @@ def standing(**changes) -> dict:
     """What the driver says of itself; see `Driver._standing`."""
     return {
         "name": "demo", "sweep_id": ID, "phase": "train", "started": time.time() - 200.0, "pid": 4711,
-        "machine": "the-driver", "saes": 7, "left": 5, "tokens": 1_000_000,
+        "machine": "the-driver", "saes": 8, "left": 6, "tokens": 1_000_000,
         "tokens_at": {EARLY: [500_000, 250_000], LATE: [0, 0, 0], "blocks.2.hook_mlp_out": []},
         "packs": {"pack-early": [EARLY, 2], "pack-late": [LATE, 3]}, "sae_tokens_per_second": 3750.4,
         "stopped": {"diverged": 1}, "eta_seconds": 7500.0, "share": {"slots": 2, "sweeps": ["a", "b", "c"]},
@@ -114,14 +114,14 @@ def test_the_report_of_a_running_sweep_is_told_in_full(home, capsys):
         for name in ("demo", ID):
             assert main(["status", name, "--home", str(home.path)]) == 0
             out = capsys.readouterr().out
-            assert f"sweep demo ({ID}): 7 SAEs, 2 of them done before\n" in out
+            assert f"sweep demo ({ID}): 8 SAEs, 2 of them done before\n" in out
             assert re.search(r"^phase train, 3 min 2\d s after its start; reported [0-4] s ago$", out, re.MULTILINE)
     assert f"{EARLY}  [#########...............]  37%  2 SAEs\n" in out
     assert f"{LATE}  [........................]   0%  3 SAEs\n" in out
     assert "blocks.2.hook_mlp_out     nothing left to train\n" in out
     assert "SAEs   2 training, 3 not begun, 2 done before, 1 diverged\n" in out
     assert "tokens 1,000,000 an SAE; 5,000 SAE-tokens/s lately (3,750 on average), 900 harvested\n" in out
-    assert "\nshare  2 pack(s) at once, 3 sweeps on the cluster\n" in out
+    assert "\nshare  2 pack(s) at once, beside 3 other sweep(s) on the cluster\n" in out
     assert "\nabout 2 h 5 min left, evaluation included\n" in out
     assert "hosts  host-a  working on block 1\n       host-b  idle\n" in out
     assert "       host-c  broken: the model cannot be read\n       host-d  starting\n" in out
@@ -403,7 +403,7 @@ def test_without_a_name_all_sweeps_are_shown_those_that_run_first(home, capsys, 
     assert [(row[0], row[2]) for row in rows] == [
         ("young", "train"), ("lost", "lost"), ("demo", "stopped"), ("silent", "not reported"),
     ]  # fmt: skip
-    assert rows[0][3:7] == ["7", "15%", "5,000", "2 h 5 min"] and rows[1][5:7] == ["-", "-"]
+    assert rows[0][3:7] == ["8", "15%", "5,000", "2 h 5 min"] and rows[1][5:7] == ["-", "-"]
     assert main(["status", "--json", "--home", str(home.path)]) == 0
     found = json.loads(capsys.readouterr().out)["sweeps"]
     assert [one["phase"] for one in found] == ["train", "train", "stopped", None]
