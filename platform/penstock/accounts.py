@@ -18,10 +18,6 @@ BUSY, IDLE, STARTING = "busy", "idle", "starting"
 WORKING_PHASES = ("search", "evaluate")
 
 
-def accounts_folder(sweep_id: str) -> str:
-    return f"sweeps/{sweep_id}/accounts"
-
-
 class WorkerClock:
     """The time of a pack's worker, from when its code runs: so much for each SAE, so much waiting, the rest for start,
     checkpoints and the like."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.eta import Rates, Work, evaluation_seconds, rest_of, training_seconds
 from penstock.failures import Failures
-from penstock.logs import SweepLog, logs_folder, session_file
+from penstock.logs import SweepLog, session_file
 from penstock.storage import Storage
+from penstock.sweep_files import logs_folder
 
 if TYPE_CHECKING:
     from penstock.plan import PlannedPack

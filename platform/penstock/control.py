@@ -16,6 +16,7 @@ from penstock.logs import about_sae, as_text, find_sae, read_log
 from penstock.status import ENDS, Far, Near, Standing, status_of, watched
 from penstock.stopping import LEAVE_SECONDS, SAVE_SECONDS, ask_to_stop
 from penstock.storage import Storage
+from penstock.sweep_files import spec_file
 
 SILENT_WAIT_SECONDS = 60.0  # of a driver that was asked to stop
 
@@ -153,7 +154,6 @@ def knows(home: Home, sweep: str) -> bool:
 
 def kept_spec(storage: Storage, sweep_id: str, sweep: str) -> Any:
     """The spec of a sweep as it is kept with it, with its storage where it is found now."""
-    from penstock.resolved import spec_file
     from penstock.spec import parse_spec
 
     try:

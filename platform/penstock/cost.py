@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from penstock.accounts import BUSY, IDLE, STARTING, accounts_folder
+from penstock.accounts import BUSY, IDLE, STARTING
 from penstock.errors import SweepError
 from penstock.home import Home, recall
 from penstock.storage import Storage
+from penstock.sweep_files import accounts_folder
 from penstock.text import text_table
 
 SHOWN = 15  # SAEs of the table

@@ -25,11 +25,12 @@ from penstock.home import Home
 from penstock.models import ModelDescription, check_context_size, describe_model
 from penstock.plan import absolute
 from penstock.redaction import redacted
-from penstock.resolved import ResolvedSweep, protocol_of, published_file
+from penstock.resolved import ResolvedSweep, protocol_of
 from penstock.results import baseline_table, sae_table
 from penstock.session import Session, this_machine
 from penstock.spec import DataSpec, EvaluateSpec, ModelSpec, ResourceSpec, SweepSpec, parse_spec
 from penstock.storage import Storage
+from penstock.sweep_files import published_file
 from penstock.tokens import TokenStore, build_evaluation_store, build_token_store, in_context
 from penstock.tracking import SweepRuns, connect, find_sweep, reported
 

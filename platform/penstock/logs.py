@@ -18,14 +18,11 @@ from typing import Any
 from penstock.errors import SweepError
 from penstock.redaction import redacted
 from penstock.storage import Storage
+from penstock.sweep_files import logs_folder
 
 CHUNK_BYTES = 64 * 1024
 FLUSH_SECONDS = 4.0
 Line = Mapping[str, Any]
-
-
-def logs_folder(sweep_id: str) -> str:
-    return f"sweeps/{sweep_id}/logs"
 
 
 def session_file(sweep_id: str) -> str:

@@ -122,7 +122,7 @@ class ResolvedSweep:
             "code": code_hash(),
         } | ({} if given is None else {"activations": {"folder": data.activations, "identity": given.identity}})
 
-    # ---- where things lie ----
+    # ---- where things lie (its own files: `sweep_files.py`) ----
 
     @property
     def calibration_folder(self) -> str:
@@ -161,29 +161,6 @@ class ResolvedSweep:
     def calibration_file(self, array: str) -> str:
         return calibration_file(self.calibration_folder, array)
 
-    @property
-    def attempt_file(self) -> str:
-        return f"sweeps/{self.sweep_id}/attempt.json"
-
-    @property
-    def status_file(self) -> str:
-        """How the running sweep stands; its driver rewrites it every few seconds."""
-        return f"sweeps/{self.sweep_id}/status.json"
-
-    @property
-    def control_file(self) -> str:
-        """What the running sweep's driver is asked to do."""
-        return f"sweeps/{self.sweep_id}/control.json"
-
-    @property
-    def published_file(self) -> str:
-        """Which token store the SAEs were trained on, and what protocol their figures are of."""
-        return published_file(self.sweep_id)
-
-    @property
-    def result_file(self) -> str:
-        return f"sweeps/{self.sweep_id}/result.json"
-
     # ---- what has become of its SAEs ----
 
     def is_finished(self, sae: PlannedSAE) -> bool:
@@ -204,15 +181,6 @@ class ResolvedSweep:
             for sae in self.saes
             if not self.is_finished(sae) and self.stopped(sae).get("status") not in ("diverged", "pruned")
         ]
-
-
-def spec_file(sweep_id: str) -> str:
-    """The spec with every default written out."""
-    return f"sweeps/{sweep_id}/spec.yaml"
-
-
-def published_file(sweep_id: str) -> str:
-    return f"sweeps/{sweep_id}/published.json"
 
 
 def protocol_of(

@@ -17,6 +17,7 @@ from penstock.plan import FROZEN_DECODER, PlannedSAE
 from penstock.registry import hand_over
 from penstock.resolved import ResolvedSweep
 from penstock.statistics import HEADLINE
+from penstock.sweep_files import published_file, result_file
 from penstock.targets import missed
 from penstock.tracking import ROWS_FILE
 
@@ -111,10 +112,10 @@ def publish(
     files = [*_write_files(sweep, table, baselines, evaluation.rows(), cost, status), _write_rows(sweep, evaluation)]
     tracker.finish_sweep(status=status, front=table, baselines=baselines, cost=cost, files=files)
     hand_over(sweep.home, sweep.sweep_id)
-    sweep.storage.write_json(sweep.published_file, {"protocol": sweep.protocol, "store": sweep.store.id})
+    sweep.storage.write_json(published_file(sweep.sweep_id), {"protocol": sweep.protocol, "store": sweep.store.id})
     if status == "finished":
         record = {"saes": [sae.sae_id for sae in sweep.saes], "cost": dict(cost)}
-        sweep.storage.write_json(sweep.result_file, record)
+        sweep.storage.write_json(result_file(sweep.sweep_id), record)
     return table
 
 

@@ -20,6 +20,7 @@ from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS, SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.storage import Storage
+from penstock.sweep_files import control_file, result_file, status_file
 from penstock.text import text_table
 
 BAR = 24  # characters
@@ -91,20 +92,10 @@ def _look(storage: Storage, sweep_id: str, sweep: str) -> Standing:
         file = status_file(sweep_id)
         report = storage.read_json(file) if storage.exists(file) else None
         over = report is None or report["phase"] in ENDS
-        published = over and storage.exists(f"sweeps/{sweep_id}/result.json")
+        published = over and storage.exists(result_file(sweep_id))
     except OSError as error:
         raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be read: {error}") from None
     return Standing(sweep, sweep_id, time.time(), report, published)
-
-
-def status_file(sweep_id: str) -> str:
-    """See `ResolvedSweep.status_file`, which needs the sweep's tokens."""
-    return f"sweeps/{sweep_id}/status.json"
-
-
-def control_file(sweep_id: str) -> str:
-    """See `ResolvedSweep.control_file`."""
-    return f"sweeps/{sweep_id}/control.json"
 
 
 # ---- asking for something -------------------------------------------------------------------------------------------

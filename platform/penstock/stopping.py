@@ -20,6 +20,7 @@ from typing import Any
 from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS
 from penstock.storage import Storage
+from penstock.sweep_files import stop_file
 
 STOPPED_STATUS = 3  # the exit status of a driver that was asked to stop
 SAVE_SECONDS = 600.0  # for checkpoints; who has not saved by then is left behind
@@ -30,10 +31,6 @@ IDLE_SECONDS = 20.0  # while nobody is attached: workers that only start have no
 
 class SweepStopped(SweepError):
     """The sweep was asked to stop, and did; it may go on another time."""
-
-
-def stop_file(sweep_id: str) -> str:
-    return f"sweeps/{sweep_id}/stop.json"
 
 
 def ask_to_stop(storage: Storage, sweep_id: str, *, now: bool = False) -> None:

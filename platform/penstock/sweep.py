@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.accounts import STARTING, Accounts, accounts_folder
+from penstock.accounts import STARTING, Accounts
 from penstock.batches import checkpoint_steps
 from penstock.chronicle import Chronicle
 from penstock.decisions import Pruner, add_saes
@@ -45,12 +45,13 @@ from penstock.plan import (
     waves,
 )
 from penstock.redaction import redacted
-from penstock.resolved import ResolvedSweep, spec_file
+from penstock.resolved import ResolvedSweep
 from penstock.session import Session, this_machine
 from penstock.sharing import Sharing
 from penstock.spec import SweepSpec
 from penstock.stopping import IDLE_SECONDS, JOB_STOP_SECONDS, SAVE_SECONDS, STOPPED_STATUS, StopOrder, SweepStopped
 from penstock.storage import Storage
+from penstock.sweep_files import accounts_folder, attempt_file, control_file, result_file, spec_file, status_file
 from penstock.text import last_line
 from penstock.tokens import build_token_store
 
@@ -276,7 +277,7 @@ class Driver(Session):
             )
 
     def _is_complete(self) -> bool:
-        return not self.left and self.storage.exists(self.sweep.result_file) and self._is_tracked()
+        return not self.left and self.storage.exists(result_file(self.sweep.sweep_id)) and self._is_tracked()
 
     def _is_tracked(self) -> bool:
         from penstock.tracking import find_sweep
@@ -298,8 +299,9 @@ class Driver(Session):
         if self._spool is not None:
             self._spool.describe(sweep.about_stream)
         self.fleet.start_stream(config)  # first: its name is the lock on this cluster
-        self._fence = claim(self.storage, sweep.attempt_file, sweep.status_file, self.say)
-        self.storage.remove(sweep.control_file)
+        beat_file = status_file(sweep.sweep_id)
+        self._fence = claim(self.storage, attempt_file(sweep.sweep_id), beat_file, self.say)
+        self.storage.remove(control_file(sweep.sweep_id))
         self.storage.clean_staging()
         for sae in self.left:  # what failed before is tried again
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
@@ -307,7 +309,7 @@ class Driver(Session):
         self._meters = DriverMeters(sweep.sweep_id)
         self._order.watch(self.storage, sweep.sweep_id)
         self._open_chronicle(self._fence)
-        self._pulse = Pulse(self.storage, sweep.status_file, self._beat)
+        self._pulse = Pulse(self.storage, beat_file, self._beat)
         remember(self.home, self.spec.name, sweep.sweep_id, self.storage)
         resumed = sum(cursor > 0 for cursor in config.cursors.values())
         again = f", {resumed} of them from checkpoints" if resumed else ""
@@ -594,10 +596,11 @@ class Driver(Session):
         assert self._fence is not None
         try:
             self._fence.check()
-            if not self.storage.exists(self.sweep.control_file):
+            file = control_file(self.sweep.sweep_id)
+            if not self.storage.exists(file):
                 return
-            wanted = self.storage.read_json(self.sweep.control_file)["model_hosts"]
-            self.storage.remove(self.sweep.control_file)
+            wanted = self.storage.read_json(file)["model_hosts"]
+            self.storage.remove(file)
         except OSError:  # a storage that does not answer now may do so in two seconds
             return
         if wanted != len(self.fleet.hosts):

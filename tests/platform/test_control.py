@@ -18,11 +18,10 @@ from penstock.control import kept_spec
 from penstock.errors import SpecError
 from penstock.fence import Pulse
 from penstock.home import Home, remember
-from penstock.logs import SweepLog, logs_folder
-from penstock.resolved import spec_file
-from penstock.status import status_file
-from penstock.stopping import StopOrder, SweepStopped, ask_to_stop, stop_file
+from penstock.logs import SweepLog
+from penstock.stopping import StopOrder, SweepStopped, ask_to_stop
 from penstock.storage import Storage
+from penstock.sweep_files import logs_folder, spec_file, status_file, stop_file
 from test_status import ID, standing
 
 SPEC = """\

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from penstock.accounts import WRITE_SECONDS, Accounts, WorkerClock, accounts_folder
+from penstock.accounts import WRITE_SECONDS, Accounts, WorkerClock
 from penstock.cost import Amount, Prices, cost, settle
 from penstock.errors import SweepError
 from penstock.home import Home, remember
 from penstock.storage import Storage
+from penstock.sweep_files import accounts_folder
 
 SAES = {name: "topk k=4 · blocks.1.hook_resid_post" for name in ("a", "b")}
 

@@ -7,8 +7,9 @@ import pytest
 
 from penstock.chronicle import Chronicle
 from penstock.errors import SweepError
-from penstock.logs import CHUNK_BYTES, SweepLog, about_sae, as_text, find_sae, logs_folder, parse_lines, read_log
+from penstock.logs import CHUNK_BYTES, SweepLog, about_sae, as_text, find_sae, parse_lines, read_log
 from penstock.storage import Storage
+from penstock.sweep_files import logs_folder
 
 ID = "0123456789ab"
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"

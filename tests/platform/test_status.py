@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,21 +14,19 @@ from penstock.cli import main
 from penstock.errors import SweepError
 from penstock.fence import Pulse
 from penstock.home import Home, remember
-from penstock.resolved import ResolvedSweep
 from penstock.status import (
     Standing,
     ask_for_hosts,
-    control_file,
     describe,
     describe_all,
     look,
     show,
-    status_file,
     status_of,
 )
 from penstock.storage import Storage
 from penstock.stream import Stream
 from penstock.stream_state import StreamState
+from penstock.sweep_files import control_file, status_file
 
 ID = "0123456789ab"
 EARLY, LATE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -333,13 +330,6 @@ def test_a_number_of_hosts_that_is_none_is_refused(home, count, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["scale", "demo", f"--model-hosts={count}"])
     assert exit_.value.code == 2 and "whole number of 1 or more" in capsys.readouterr().err
-
-
-def test_the_files_are_those_of_the_driver():
-    sweep = SimpleNamespace(sweep_id=ID)
-    assert ResolvedSweep.status_file.fget(sweep) == status_file(ID)
-    assert ResolvedSweep.control_file.fget(sweep) == control_file(ID)
-    assert ResolvedSweep.result_file.fget(sweep) == f"sweeps/{ID}/result.json"
 
 
 def test_the_status_needs_neither_ray_nor_mlflow_nor_torch(home):
