@@ -426,7 +426,7 @@ def _resume(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def _scale(arguments: argparse.Namespace, home: Home) -> int:
-    from penstock.status import ask_for_hosts
+    from penstock.control import ask_for_hosts
 
     print(ask_for_hosts(home, arguments.sweep, arguments.model_hosts))
     return 0

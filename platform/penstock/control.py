@@ -1,5 +1,5 @@
-"""`penstock stop`, `resume` and `logs`: for a sweep of this home by its storage, for any other by the address of its
-cluster's dashboard."""
+"""`penstock stop`, `resume`, `scale` and `logs`: for a sweep of this home by its storage, all but `scale` for any other
+by the address of its cluster's dashboard."""
 
 import os
 import shlex
@@ -11,12 +11,12 @@ from typing import Any, TextIO
 
 from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS
-from penstock.home import Home
+from penstock.home import Home, recall
 from penstock.logs import about_sae, as_text, find_sae, read_log
-from penstock.status import ENDS, Far, Near, Standing, status_of, watched
+from penstock.status import ENDS, Far, Near, Standing, look, status_of, watched
 from penstock.stopping import LEAVE_SECONDS, SAVE_SECONDS, ask_to_stop
 from penstock.storage import Storage
-from penstock.sweep_files import spec_file
+from penstock.sweep_files import control_file, spec_file
 
 SILENT_WAIT_SECONDS = 60.0  # of a driver that was asked to stop
 
@@ -196,6 +196,44 @@ def _go_where_it_ran(standing: Standing) -> None:
     folder = (standing.report or {}).get("folder")
     if folder and os.path.isdir(folder) and "runtime_resources" not in Path(folder).parts:
         os.chdir(folder)
+
+
+# ---- scale ----------------------------------------------------------------------------------------------------------
+
+
+def ask_for_hosts(home: Home, sweep: str, n_hosts: int) -> str:
+    """Ask the driver of a running sweep for so many model hosts; what happens next, in words.
+
+    Raises `SweepError` when no driver is there to heed it, or the sweep harvests nothing more.
+    """
+    storage, sweep_id = recall(home, sweep)
+    standing = look(home, sweep)
+    reason = _why_not_scaled(standing)
+    if reason:
+        raise SweepError(f"sweep {sweep!r} cannot be scaled: {reason}; accepted: a sweep that is training")
+    try:
+        storage.write_json(control_file(sweep_id), {"model_hosts": n_hosts})
+    except OSError as error:
+        raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be written to: {error}") from None
+    assert standing.report is not None
+    now = len(standing.report["stream"].get("hosts", {}))
+    return (
+        f"sweep {sweep}: {n_hosts} model host(s) asked for, {now} there now; its driver takes note within seconds\n"
+        "new hosts join when the cluster has room for them and they have loaded the model; others leave after the "
+        f"block at hand\nwatch it: penstock status {sweep} --watch"
+    )
+
+
+def _why_not_scaled(standing: Standing) -> str | None:
+    if standing.report is None:
+        return "it has finished" if standing.published else "it has not reported yet"
+    if standing.has_ended:
+        return "it has ended"
+    if standing.is_silent:
+        return standing.about_silence
+    if standing.report["phase"] == "evaluate":
+        return "it is evaluating already, and makes no more blocks"
+    return None
 
 
 # ---- logs -----------------------------------------------------------------------------------------------------------

@@ -61,21 +61,29 @@ class Cluster:
 
     def places(self) -> list[Place]:
         """Where the reports of all sweeps are."""
-        found = []
-        for node_id, files in _over(self._files, self.nodes):
-            names = (name for name in files if name.startswith("penstock-") and name.endswith(_SUFFIX))
+        found, answers = [], _over(self._files, self.nodes)
+        refused = [files for _, files in answers if isinstance(files, SweepError)]
+        if refused and len(refused) == len(answers):
+            raise refused[0]
+        for node_id, files in answers:
+            listed = [] if isinstance(files, SweepError) else files
+            names = (name for name in listed if name.startswith("penstock-") and name.endswith(_SUFFIX))
             found += [Place(name.removeprefix("penstock-").removesuffix(_SUFFIX), node_id) for name in names]
         return found
 
-    def _files(self, node_id: str) -> list[str]:
-        found = self.dashboard.get("/api/v0/logs", node_id=node_id, glob=f"penstock-*{_SUFFIX}")["data"]["result"]
+    def _files(self, node_id: str) -> list[str] | SweepError:
+        """What there is on a node, or why it does not say: one that dies must not hide the sweeps of the others."""
+        try:
+            found = self.dashboard.get("/api/v0/logs", node_id=node_id, glob=f"penstock-*{_SUFFIX}")["data"]["result"]
+        except SweepError as error:
+            return error
         return [name for names in found.values() for name in names]
 
     def report(self, place: Place) -> dict[str, Any] | None:
         """The driver's latest report; None where it cannot be read just now."""
         try:
             found = json.loads(self._text(place, report_name(place.sweep_id)))
-        except ValueError:
+        except (ValueError, SweepError):
             return None
         return found if isinstance(found, dict) and "phase" in found else None
 

@@ -1,7 +1,7 @@
-"""How sweeps stand, from the reports that their drivers rewrite every few seconds, and asking a driver for something.
+"""How sweeps stand, from the reports that their drivers rewrite every few seconds.
 
-Reads and writes files of the sweep's storage alone: it needs neither Ray nor MLflow, and no way to the cluster. With an
-address it is the other way round (`remote.py`).
+Reads files of the sweep's storage alone: it needs neither Ray nor MLflow, and no way to the cluster. With an address it
+is the other way round (`remote.py`).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS, SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.storage import Storage
-from penstock.sweep_files import control_file, result_file, status_file
+from penstock.sweep_files import result_file, status_file
 from penstock.text import text_table
 
 BAR = 24  # characters
@@ -29,7 +29,6 @@ REMEMBERED = 16  # reports of the past, over which `--watch` measures who waits
 FAILURES_SHOWN = 5
 RECENT = 20  # sweeps in the table of all
 GIVEN_UP_SECONDS = 120.0  # of silence, after which `--watch` waits for a driver no longer
-EVALUATE = "evaluate"
 ENDS = ("ended", "stopped")  # phases after which nothing comes
 LOST_STATUS = 1
 _SAID = {"waiting": "not begun"}  # of SAEs, where it is not packs that wait for blocks
@@ -96,44 +95,6 @@ def _look(storage: Storage, sweep_id: str, sweep: str) -> Standing:
     except OSError as error:
         raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be read: {error}") from None
     return Standing(sweep, sweep_id, time.time(), report, published)
-
-
-# ---- asking for something -------------------------------------------------------------------------------------------
-
-
-def ask_for_hosts(home: Home, sweep: str, n_hosts: int) -> str:
-    """Ask the driver of a running sweep for so many model hosts; what happens next, in words.
-
-    Raises `SweepError` when no driver is there to heed it, or the sweep harvests nothing more.
-    """
-    storage, sweep_id = recall(home, sweep)
-    standing = _look(storage, sweep_id, sweep)
-    reason = _why_not_scaled(standing)
-    if reason:
-        raise SweepError(f"sweep {sweep!r} cannot be scaled: {reason}; accepted: a sweep that is training")
-    try:
-        storage.write_json(control_file(sweep_id), {"model_hosts": n_hosts})
-    except OSError as error:
-        raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be written to: {error}") from None
-    assert standing.report is not None
-    now = len(standing.report["stream"].get("hosts", {}))
-    return (
-        f"sweep {sweep}: {n_hosts} model host(s) asked for, {now} there now; its driver takes note within seconds\n"
-        "new hosts join when the cluster has room for them and they have loaded the model; others leave after the "
-        f"block at hand\nwatch it: penstock status {sweep} --watch"
-    )
-
-
-def _why_not_scaled(standing: Standing) -> str | None:
-    if standing.report is None:
-        return "it has finished" if standing.published else "it has not reported yet"
-    if standing.has_ended:
-        return "it has ended"
-    if standing.is_silent:
-        return standing.about_silence
-    if standing.report["phase"] == EVALUATE:
-        return "it is evaluating already, and makes no more blocks"
-    return None
 
 
 # ---- showing --------------------------------------------------------------------------------------------------------

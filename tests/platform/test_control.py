@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -230,8 +231,8 @@ def test_the_log_is_shown_when_the_driver_is_gone(home, storage, capsys):
 
 
 @contextmanager
-def cluster(files: dict[str, dict[str, str]], jobs: list[dict], posted: list[str]):
-    """A dashboard of nodes with files in their log folders."""
+def cluster(files: dict[str, dict[str, str]], jobs: list[dict], posted: list[str], gone: Collection[str] = ()):
+    """A dashboard of nodes with files in their log folders; it has not noticed yet that some are gone."""
     nodes = [{"node_id": name, "node_ip": f"10.0.0.{number}", "state": "ALIVE", "is_head_node": number == 0,
               "resources_total": {}, "labels": {}} for number, name in enumerate(files)]  # fmt: skip
 
@@ -239,6 +240,9 @@ def cluster(files: dict[str, dict[str, str]], jobs: list[dict], posted: list[str
         def do_GET(self):
             parts = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+            if query.get("node_id") in gone:
+                self.send_error(500)
+                return
             answer = {
                 "/api/version": lambda: {"ray_version": "2.60.0", "version": "4", "ray_commit": "x"},
                 "/api/v0/nodes": lambda: {"data": {"result": {"result": nodes}}},
@@ -296,6 +300,17 @@ def test_sweeps_of_a_cluster_are_found_on_the_nodes_of_their_drivers(tmp_path, c
         assert capsys.readouterr().out == "1970-01-01 00:00:00Z  said\n"
         assert main(["status", "nope", "--address", address, *nowhere]) == 2
         assert "no sweep 'nope' has reported on the cluster" in capsys.readouterr().err
+
+
+def test_a_node_that_is_gone_hides_no_sweep_of_another_one(tmp_path, capsys):
+    files = {"head": {f"penstock-{ID}.json": reported()}, "worker": {}}
+    jobs = [{"type": "DRIVER", "driver_info": {"node_ip_address": "10.0.0.1"}, "status": "RUNNING", "start_time": 5}]
+    with cluster(files, jobs, [], gone=["worker"]) as address:
+        assert main(["status", "demo", "--address", address, "--home", str(tmp_path)]) == 0
+    assert f"sweep demo ({ID})" in capsys.readouterr().out
+    with cluster(files, jobs, [], gone=files) as address:
+        assert main(["status", "demo", "--address", address, "--home", str(tmp_path)]) == 2
+    assert "/api/v0/logs was answered with 500" in capsys.readouterr().err
 
 
 def test_a_job_that_waits_for_its_checkpoints_is_stopped_by_ray(tmp_path, capsys):

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import pytest
 
 from penstock.cli import main
+from penstock.control import ask_for_hosts
 from penstock.errors import SweepError
 from penstock.fence import Pulse
 from penstock.home import Home, remember
 from penstock.status import (
     Standing,
-    ask_for_hosts,
     describe,
     describe_all,
     look,
