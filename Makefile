@@ -11,7 +11,7 @@ demo: .venv/.runtime
 	$(BIN)/penstock run jobs/specs/demo.yaml
 
 # Files of tests side by side, one thread each, but for those on the shared Ray cluster, which need the cores.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/.test
 	$(SIDE_BY_SIDE) -m "not slow and not ray"

@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+# Files that take longest, which `make test` hands to its processes first: one that comes last keeps one of them waiting.
+LONGEST = ("test_benchmarks.py", "test_mlflow_server.py", "test_attribution.py", "test_registry.py", "test_bad_input.py")
+
 # last, so that none of its names hides another module
 sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs/benchmarks"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

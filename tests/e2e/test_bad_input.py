@@ -361,7 +361,7 @@ def test_more_than_this_machine_has_is_planned_with_a_warning_and_not_run(tmp_pa
     assert "planned for a cluster where all packs run at once" in capsys.readouterr().out
     assert main(["run", str(spec)]) == 2
     message = capsys.readouterr().err
-    assert "gpus_per_pack" in message and "99 GPU" in message and "the cluster has" in message
+    assert "resources.gpus_per_pack: 99 for a pack: no node has" in message and "the cluster has" in message
 
 
 # ---- reading what a sweep made --------------------------------------------------------------------------------------
