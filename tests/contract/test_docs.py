@@ -52,7 +52,7 @@ def test_links_of_a_page_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_source_files_that_a_page_names_are_there(page):
-    files = {path.name for folder in ("sae_core", "platform", "dashboards", "jobs", "tests")
+    files = {path.name for folder in ("sae_core", "platform", "dashboards", "jobs", "cluster", "tests")
              for path in (ROOT / folder).rglob("*.py")}  # fmt: skip
     for name in re.findall(r"[\w./]+\.py\b", (ROOT / page).read_text()):
         assert (ROOT / name).exists() if name.startswith(("jobs/", "tests/")) else Path(name).name in files, name

@@ -217,8 +217,9 @@ def test_nothing_that_is_trained_or_decided_reads_the_report_split(folder, input
                      for sae in candidates(sweep) if sae.sae_id in there}  # fmt: skip
             decided.append((step, peers, stops(peers, sweep.spec.search.margin)))
         monkeypatch.setattr(
-            decisions, "evaluate_on_hosts", lambda sweep, hosts, say, **options: evaluate(sweep, *hosts, **options)
-        )
+            decisions, "evaluate_on_hosts",
+            lambda sweep, hosts, say, check, **options: evaluate(sweep, *hosts, **options),
+        )  # fmt: skip
         decisions.add_saes(sweep, [host], decided.append)
         proposals = sweep.journal.proposals()
         assert proposals
