@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-# Files that take longest, which `make test` hands to its processes first: one that comes last keeps one of them waiting.
-LONGEST = ("test_benchmarks.py", "test_mlflow_server.py", "test_attribution.py", "test_registry.py", "test_bad_input.py")
+# Begun first, for they take longest: one that came last would leave the other processes of `make test` without work.
+LONGEST = ["test_benchmarks.py", "test_mlflow_server.py", "test_attribution.py", "test_registry.py", "test_bad_input.py"]
 
 # last, so that none of its names hides another module
 sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs/benchmarks"))
