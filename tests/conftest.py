@@ -6,7 +6,7 @@ import pytest
 from filelock import FileLock
 
 # Begun first, for they take longest: one that came last would leave the other processes of `make test` without work.
-LONGEST = ["test_benchmarks.py", "test_mlflow_server.py", "test_attribution.py", "test_registry.py", "test_bad_input.py"]
+LONGEST = ["test_benchmarks.py", "test_mlflow_server.py", "test_attribution.py", "test_registry.py"]
 
 # last, so that none of its names hides another module
 sys.path.append(str(Path(__file__).resolve().parents[1] / "jobs/benchmarks"))

@@ -139,10 +139,12 @@ class Fleet:
         return True
 
     def close(self) -> None:
-        """End them all."""
+        """End them all; calling it again does nothing."""
         import ray
 
-        for actor in [*self.hosts.values(), *self._leaving.values(), *([self.stream] if self.stream else [])]:
+        actors = [*self.hosts.values(), *self._leaving.values(), *([self.stream] if self.stream else [])]
+        self.hosts, self._leaving, self.stream = {}, {}, None
+        for actor in actors:
             ray.kill(actor)
 
     def _tell_hosts(self) -> None:

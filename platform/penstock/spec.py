@@ -95,7 +95,6 @@ class ModelSpec(_Section):
     processing: Literal["none", "fold_ln", "center", "fold_ln_center"] = "none"
     harvest_rows: int = Field(32, gt=0, description="rows of a forward pass; halved when memory runs out")
     trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
-    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
 
 
 class ExcludeSpec(_Section):

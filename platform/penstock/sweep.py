@@ -221,6 +221,8 @@ class Driver(Session):
     def close(self) -> None:
         """Stop what this driver started."""
         self._order.close()
+        if self._joined:
+            self.fleet.close()  # before it says that it has ended: who reads that may start the sweep again at once
         if self._pulse is not None:
             self._pulse.stop("stopped" if self._outcome.get("status") == "stopped" else "ended")
             with suppress(OSError):
