@@ -46,6 +46,8 @@ _SAE_FILES = ("cfg.json", "config.json", "params.npz", "hyperparams.json")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status (argparse itself exits for `--help` and for a wrong option)."""
     arguments = _parser().parse_args(argv)
+    # A sweep that is ended at once leaves Tune's thread behind, whose next call would start a Ray of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         status = arguments.command(arguments, Home.resolve(getattr(arguments, "home", None)))
         sys.stdout.flush()
@@ -356,15 +358,22 @@ def _check_storage(spec_path: str, home: Home) -> None:
 def _check_address(given: str | None) -> None:
     """Whether anything listens at the HOST:PORT of a cluster that is to be joined, given or in RAY_ADDRESS. Ray itself
     would try for minutes."""
-    address = given or os.environ.get("RAY_ADDRESS") or ""
-    source = "--address" if given else "RAY_ADDRESS"
+    address = os.environ.get("RAY_ADDRESS") or None if given is None else given
+    source = "RAY_ADDRESS" if given is None else "--address"
     accepted = "accepted: auto, or the HOST:PORT of a running head, like 127.0.0.1:6379"
+    if address is None:
+        return
     if address.startswith(("http://", "https://")):
         raise SweepError(f"{source} {without_user(address)!r} is the address of a dashboard, to which `penstock "
                          f"submit` sends jobs; {accepted}")  # fmt: skip
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
+    if address.startswith("ray://"):
+        raise SweepError(f"{source} {address!r} is the address of a Ray client, and a sweep's driver has to be on a "
+                         f"node of the cluster; {accepted}, or `penstock submit`")  # fmt: skip
+    if address in ("auto", "local"):
         return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise SweepError(f"{source} {address!r} is no address; {accepted}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ADDRESS_SECONDS).close()
     except (OSError, OverflowError) as error:

@@ -345,8 +345,10 @@ def test_a_cluster_is_not_asked_before_the_spec_is_right(tmp_path, capsys):
 
 def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path, capsys, monkeypatch):
     begun = time.monotonic()
-    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
-        refused(capsys, ["run", write_spec(tmp_path), "--address", address], f"--address '{address}'", "HOST:PORT")
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999", "", "head"):
+        for command in ("run", "plan"):
+            spec = write_spec(tmp_path)
+            refused(capsys, [command, spec, "--address", address], f"--address '{address}'", "HOST:PORT")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     refused(capsys, ["run", write_spec(tmp_path)], "RAY_ADDRESS '127.0.0.1:9'", "no Ray cluster answers there")
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
