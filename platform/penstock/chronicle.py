@@ -46,12 +46,18 @@ class Chronicle:
         self._session: Path | None = None
         self._sweep_id = ""
 
-    def open(self, storage: Storage, sweep_id: str, attempt: str, packs: "Sequence[PlannedPack]") -> None:
-        """Keep it with the sweep, and in the log folder of this node's Ray session."""
+    def open(
+        self, storage: Storage, sweep_id: str, attempt: str, packs: "Sequence[PlannedPack]",
+        reached: Mapping[str, int] = {},
+    ) -> None:  # fmt: skip
+        """Keep it with the sweep, and in the log folder of this node's Ray session. reached: the steps that SAEs have
+        made already, by id."""
         self._sweep_id, self._session = sweep_id, _session_logs()
         local = self._session / session_file(sweep_id) if self._session else None
         self.log.open(storage, f"{logs_folder(sweep_id)}/{attempt}", local)
         self.add_packs(packs)
+        for pack_id, sae_ids in self._packs.items():
+            self._steps[pack_id] = min(reached.get(sae_id, 0) for sae_id in sae_ids)
 
     def add_packs(self, packs: "Sequence[PlannedPack]") -> None:
         for pack in packs:

@@ -139,7 +139,7 @@ class Driver(Session):
         self._asked_at = 0.0
         self._tracker: Any = None
         self._tokens_at: dict[str, int] = {}
-        self._tokens_before: dict[str, int] = {}  # that an SAE had been trained on when this driver found it
+        self._tokens_before: dict[str, int] = {}  # of these, what was in storage when this driver began
         self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
@@ -307,6 +307,7 @@ class Driver(Session):
         self.storage.clean_staging()
         for sae in self.left:  # what failed before is tried again
             self.storage.remove(f"saes/{sae.sae_id}/stopped.json")
+        self._note_reached()
         self._accounts = self._open_accounts(self._fence)
         self._meters = DriverMeters(sweep.sweep_id)
         self._order.watch(self.storage, sweep.sweep_id)
@@ -317,10 +318,21 @@ class Driver(Session):
         again = f", {resumed} of them from checkpoints" if resumed else ""
         self.say(f"sweep id {sweep.sweep_id}: {len(self.packs)} pack(s) starting{again}")
 
+    def _note_reached(self) -> None:
+        """What is trained already is shown from the beginning, not once its pack reports."""
+        from penstock.trial import steps_reached
+
+        steps, journal = self.spec.train.steps, self.sweep.journal
+        for sae in self.left:
+            if reached := steps_reached(self.storage, sae.sae_id, steps, journal):
+                self._tokens_at[sae.sae_id] = self._tokens_before[sae.sae_id] = reached * self.spec.train.batch_tokens
+
     def _open_chronicle(self, fence: Fence) -> None:
         """The log and the spec, kept with the sweep: what `penstock logs` shows, and `penstock resume` goes on with."""
         attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(self._started))}-{fence.token[:8]}"
-        self._chronicle.open(self.storage, self.sweep.sweep_id, attempt, self.packs)
+        batch = self.spec.train.batch_tokens
+        reached = {sae_id: tokens // batch for sae_id, tokens in self._tokens_before.items()}
+        self._chronicle.open(self.storage, self.sweep.sweep_id, attempt, self.packs, reached)
         self.storage.write(spec_file(self.sweep.sweep_id), self.sweep.yaml.encode())
         context, n_rows = self.sweep.evaluated.context_size, evaluation_of(self.sweep).n_rows
         sites = [2 + len(bases(self.sweep, site)) for site in self.spec.sites]
@@ -372,6 +384,7 @@ class Driver(Session):
         self.sweep = replace(self.sweep)  # it has more SAEs now
         self.left = [sae for sae in self.sweep.left() if sae.sae_id not in before]
         self.packs = plan_packs(self.spec, self.left)
+        self._note_reached()
         self._chronicle.add_packs(self.packs)
         if self._accounts is not None:
             self._accounts.add_saes({sae.sae_id: self._tracked(sae).title for sae in self.sweep.added})
@@ -665,8 +678,12 @@ class Driver(Session):
 
     def _average_rate(self, tokens_at: dict[str, int]) -> float:
         """SAE-tokens a second since the first step, of those that this driver has seen made."""
-        made = sum(tokens - self._tokens_before.get(sae_id, 0) for sae_id, tokens in tokens_at.items())
-        return max(0, made) / max(1e-9, time.time() - self._started - (self._first_step or 0.0))
+        return self._made(tokens_at) / max(1e-9, time.time() - self._started - (self._first_step or 0.0))
+
+    def _made(self, tokens_at: dict[str, int]) -> int:
+        """SAE-tokens that this driver has seen trained. An SAE whose checkpoint cannot be read begins before what was
+        in storage, and has made nothing until it is there again."""
+        return sum(max(0, tokens - self._tokens_before.get(sae_id, 0)) for sae_id, tokens in tokens_at.items())
 
     @property
     def _run_tokens(self) -> int:
@@ -693,7 +710,7 @@ class Driver(Session):
     def _finish(self) -> int:
         from penstock.results import SETTLED, publish
 
-        trained = sum(self._tokens_at.values())
+        trained = self._made(self._tokens_at)
         self._cost |= {f"seconds_{name}": value for name, value in self._seconds.items()}
         self._cost |= {
             "seconds_total": time.time() - self._started,

@@ -1,6 +1,7 @@
 """Sweeps of a tiny model from spec to pulled folder, with everything but Ray."""
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,8 @@ from penstock.evaluation import evaluation_of
 from penstock.home import Home
 from penstock.resolved import ResolvedSweep
 from penstock.results import baseline_table, sae_table
+from penstock.storage import Storage
+from penstock.sweep import Driver
 from penstock.tracking import find_sweep
 from sae_core import SAE
 from whole_sweeps import run_sweep, write_inputs, write_spec
@@ -132,3 +135,16 @@ def test_an_sae_that_is_not_there_or_asked_for_in_two_ways_is_refused(asked, mes
     asked = {key: value.replace("ID", sae.sae_id) if key == "sae" else value for key, value in asked.items()}
     with pytest.raises(SweepError, match=message.replace("ID", sae.sae_id)):
         penstock.pull("nested", to=tmp_path / "sae", home=nested.home, **asked)
+
+
+def test_a_driver_that_goes_on_begins_at_what_is_in_storage_and_counts_none_of_it_as_its_own(nested, tmp_path):
+    storage = Storage(tmp_path)
+    storage.commit_folder("saes/begun/checkpoints/step-000000010", {"about.json": b"{}"})
+    saes = [SimpleNamespace(sae_id=name) for name in ("begun", "fresh")]
+    driver = SimpleNamespace(
+        spec=nested.spec, sweep=nested, storage=storage, left=saes, _tokens_at={}, _tokens_before={}
+    )
+    Driver._note_reached(driver)
+    assert driver._tokens_at == {"begun": 500} and Driver._made(driver, driver._tokens_at) == 0
+    assert Driver._made(driver, {"begun": 750, "fresh": 50}) == 300
+    assert Driver._made(driver, {"begun": 50, "fresh": 50}) == 50  # its checkpoint could not be read
