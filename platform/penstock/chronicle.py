@@ -128,8 +128,8 @@ class Chronicle:
         self, phase: str, phase_seconds: float, stream: Mapping[str, Any], cost: Mapping[str, float], *,
         steps: int, batch_tokens: int, slots: int, ended: Mapping[str, Any], evaluation_tokens: float,
     ) -> dict[str, Any]:  # fmt: skip
-        """What the driver's report has of it: `eta_seconds`, `rates`, `failures`, `failures_total`. ended: SAEs that
-        need no more steps."""
+        """What the driver's report has of it: `eta_seconds`, `rates`, `halted`, `failures`, `failures_total`. ended:
+        SAEs that need no more steps."""
         with self._lock:
             packs = stream.get("packs", {})
             live = [pack_id for pack_id, pack in packs.items() if pack["status"] == "live"]
@@ -147,7 +147,10 @@ class Chronicle:
             elif phase == "evaluate":
                 eta = rest_of(phase_seconds, self.evaluated)
         latest = self.failures.latest
-        return {"eta_seconds": eta, "rates": rates, "failures": latest, "failures_total": self.failures.total}
+        return {
+            "eta_seconds": eta, "rates": rates, "halted": sorted(self._halted), "failures": latest,
+            "failures_total": self.failures.total,
+        }  # fmt: skip
 
     def _works(self, packs: Mapping[str, Any], steps: int, ended: Mapping[str, Any]) -> list[Work]:
         works = []

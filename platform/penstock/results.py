@@ -119,6 +119,13 @@ def publish(
     return table
 
 
+def end_stopped(sweep: ResolvedSweep, tracker: "Tracker", mirror: "Mirror | None" = None) -> None:
+    """Log the end of the SAEs that have diverged or were pruned: it stays so when the sweep goes on another time."""
+    for sae in sweep.saes:
+        if not sweep.is_finished(sae) and sweep.stopped(sae).get("status") in SETTLED:
+            _publish_sae(sweep, tracker, mirror, sae, evaluation_of(sweep), {})
+
+
 def report_folder(sweep: ResolvedSweep) -> Path:
     return sweep.home.path / "reports" / sweep.sweep_id
 

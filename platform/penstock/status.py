@@ -270,9 +270,9 @@ def describe(standing: Standing, before: Standing | None = None) -> str:
     if report is None:
         return _without_report(standing)
     stream = report["stream"]
-    parts = [_title(standing), _progress(report)]
+    parts = [_title(standing), _progress(standing)]
     if stream:
-        parts += [_hosts(stream), _packs(report, before.report if before else None)]
+        parts += [_hosts(stream), _packs(standing, before.report if before else None)]
     if report.get("failures"):
         parts.append(_failures(report))
     if report["cost"]:
@@ -290,7 +290,7 @@ def _without_report(standing: Standing) -> str:
 def _title(standing: Standing) -> str:
     report = standing.report
     assert report is not None
-    done = report["saes"] - report["left"]
+    done = sae_counts(report)["done before"]
     saes = f"{report['saes']} SAEs" + (f", {done} of them done before" if done else "")
     lines = [f"sweep {report['name']} ({standing.sweep_id}): {saes}"]
     ran = _duration(report["time"] - report["started"])
@@ -324,7 +324,9 @@ def _outcome(standing: Standing) -> list[str]:
     return [*failed, f"it has no results yet: penstock resume {standing.sweep} goes on where it stands"]
 
 
-def _progress(report: dict[str, Any]) -> str:
+def _progress(standing: Standing) -> str:
+    report = standing.report
+    assert report is not None
     width = max((len(label) for label in report["tokens_at"]), default=0)
     lines = []
     for label, at in report["tokens_at"].items():
@@ -335,7 +337,8 @@ def _progress(report: dict[str, Any]) -> str:
             lines.append(f"{label.ljust(width)}  [{bar}] {int(100 * share):3d}%  {len(at)} SAEs")
         else:
             lines.append(f"{label.ljust(width)}  nothing left to train")
-    counted = ", ".join(f"{count} {_SAID.get(name, name)}" for name, count in sae_counts(report).items() if count)
+    said = {**_SAID, "training": "begun"} if standing.has_ended or standing.is_silent else _SAID
+    counted = ", ".join(f"{count} {said.get(name, name)}" for name, count in sae_counts(report).items() if count)
     lines.append(f"SAEs   {counted}")
     lines.append(f"tokens {report['tokens']:,} an SAE; {_rates(report)}")
     share = report.get("share") or {}
@@ -389,7 +392,23 @@ def _host_state(state: str) -> str:
     return f"working on {state}" if state.startswith("block ") else f"broken: {state}"
 
 
-def _packs(report: dict[str, Any], before: dict[str, Any] | None) -> str:
+def _pack_status(standing: Standing, pack_id: str) -> str:
+    """The stream calls a pack done that needs no more blocks from it, also one that was told to end and goes on
+    another time; and of those that were left behind it does not hear."""
+    report = standing.report
+    assert report is not None
+    status = str(report["stream"]["packs"][pack_id]["status"])
+    halted = status == "done" and pack_id in report.get("halted", ())
+    if standing.has_ended:
+        return "stopped" if halted or status != "done" else status
+    if halted:
+        return "stopped" if report.get("stopping") else "yielded"
+    return status
+
+
+def _packs(standing: Standing, before: dict[str, Any] | None) -> str:
+    report = standing.report
+    assert report is not None
     since = report["started"] if before is None else before["time"]
     seconds = report["time"] - since
     earlier = {} if before is None else before["stream"].get("packs", {})
@@ -403,7 +422,7 @@ def _packs(report: dict[str, Any], before: dict[str, Any] | None) -> str:
         share = f"{100 * min(1.0, waited / seconds):.0f}%" if pack["status"] == "live" and seconds > 0 else "-"
         rate = rates.get(pack_id)
         rows.append([
-            pack_id, _cut(hook_point, HOOK_POINT), str(n_saes), pack["status"],
+            pack_id, _cut(hook_point, HOOK_POINT), str(n_saes), _pack_status(standing, pack_id),
             f"{pack['block']}/{report['stream']['blocks']}", str(pack["lag"]), share,
             "-" if rate is None else f"{rate:,.0f}",
         ])  # fmt: skip

@@ -140,7 +140,7 @@ class Driver(Session):
         self._tracker: Any = None
         self._tokens_at: dict[str, int] = {}
         self._tokens_before: dict[str, int] = {}  # of these, what was in storage when this driver began
-        self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed
+        self._stopped: dict[str, str] = {}  # SAE -> pruned, diverged, failed; in this attempt or before
         self._cost: dict[str, float] = {}
         self._first_step: float | None = None
         self._order = StopOrder()
@@ -213,8 +213,13 @@ class Driver(Session):
     def _interrupt_tracking(self, reason: str, status: str) -> None:
         """Tell MLflow that the sweep has not ended. That it cannot be told must not hide the reason."""
         if self._tracker is not None:
+            from penstock.results import end_stopped
+
             try:
-                self._tracker.interrupt(reason, status)
+                try:
+                    end_stopped(self.sweep, self._tracker, self._mirror)
+                finally:
+                    self._tracker.interrupt(reason, status)
             except Exception as error:
                 self.say(f"MLflow could not be told that the sweep was {status}: {last_line(error)}")
 
@@ -319,13 +324,17 @@ class Driver(Session):
         self.say(f"sweep id {sweep.sweep_id}: {len(self.packs)} pack(s) starting{again}")
 
     def _note_reached(self) -> None:
-        """What is trained already is shown from the beginning, not once its pack reports."""
+        """What is trained or stopped already is shown from the beginning, not once its pack reports."""
         from penstock.trial import steps_reached
 
         steps, journal = self.spec.train.steps, self.sweep.journal
         for sae in self.left:
             if reached := steps_reached(self.storage, sae.sae_id, steps, journal):
                 self._tokens_at[sae.sae_id] = self._tokens_before[sae.sae_id] = reached * self.spec.train.batch_tokens
+        left = {sae.sae_id for sae in self.left}
+        for sae in self.sweep.saes:
+            if sae.sae_id not in left and not self.sweep.is_finished(sae):
+                self._stopped.setdefault(sae.sae_id, self.sweep.stopped(sae).get("status", "failed"))
 
     def _open_chronicle(self, fence: Fence) -> None:
         """The log and the spec, kept with the sweep: what `penstock logs` shows, and `penstock resume` goes on with."""
@@ -537,19 +546,21 @@ class Driver(Session):
 
         steps, journal = self.spec.train.steps, self.sweep.journal
         try:
-            left = [sae for sae in self.sweep.left() if sae in self.left]
+            finished = {sae.sae_id for sae in self.sweep.saes if self.sweep.is_finished(sae)}
+            stopped = {sae.sae_id: self.sweep.stopped(sae).get("status") for sae in self.sweep.saes}
+            ends = Counter(why for sae_id, why in stopped.items() if why and sae_id not in finished)
+            left = [sae for sae in self.sweep.saes if sae.sae_id not in finished and not stopped[sae.sae_id]]
             at = [steps_reached(self.storage, sae.sae_id, steps, journal) for sae in left]
         except OSError as error:
             return f"storage {self.storage.uri!r} cannot be asked what is done ({error})"
         begun = [step for step in at if step]
-        done = len(self.sweep.saes) - len(left)
-        where = ""
+        where = "".join(f", {count} {why}" for why, count in ends.items())
         if begun:
             span = f"{min(begun):,}" if min(begun) == max(begun) else f"{min(begun):,} to {max(begun):,}"
-            where = f", {len(begun)} saved at step {span} of {steps:,}"
+            where += f", {len(begun)} saved at step {span} of {steps:,}"
         fresh = len(at) - len(begun)
         return (
-            f"of {len(self.sweep.saes)} SAEs {done} done{where}"
+            f"of {len(self.sweep.saes)} SAEs {len(finished)} done{where}"
             + (f", {fresh} not begun" if fresh else "")
             + ("" if left else "; what is left is to evaluate them")
         )

@@ -406,3 +406,28 @@ def test_colours_are_left_out_where_they_are_not_wanted(home, monkeypatch):
     with pulse(home) as report:
         _, got = on_a_terminal(home, (40, 150), lambda process: report.update(phase="ended"))
     assert not re.search(r"\x1b\[\d+m", got)
+
+
+def statuses(one: Standing) -> list[str]:
+    rows = (re.split(r"\s{2,}", line) for line in describe(one).splitlines())
+    return [row[3] for row in rows if row[0] in ("pack-early", "pack-late")]
+
+
+def test_packs_and_saes_of_a_sweep_that_has_stopped_are_neither_done_nor_at_work():
+    stream = stream_status()
+    stream["packs"]["pack-early"]["status"] = "done"
+    running = {"time": 99.0, **standing(stream=stream, halted=["pack-early"])}
+    assert statuses(Standing("demo", ID, 100.0, running)) == ["yielded", "live"]
+    stopping = {**running, "stopping": True}
+    assert statuses(Standing("demo", ID, 100.0, stopping)) == ["stopped", "live"]
+    over = Standing("demo", ID, 100.0, {**stopping, "phase": "stopped", "outcome": {"status": "stopped"}})
+    assert statuses(over) == ["stopped", "stopped"]
+    assert "SAEs   2 begun, 3 not begun, 2 done before, 1 diverged\n" in describe(over)
+    finished = Standing("demo", ID, 100.0, {**running, "halted": [], "phase": "ended"}, published=True)
+    assert statuses(finished)[0] == "done"
+
+
+def test_saes_that_diverged_in_an_earlier_attempt_are_not_done():
+    report = {"time": 99.0, **standing(stopped={"diverged": 3})}
+    text = describe(Standing("demo", ID, 100.0, report))
+    assert f"sweep demo ({ID}): 8 SAEs\n" in text and "2 training, 3 not begun, 3 diverged\n" in text

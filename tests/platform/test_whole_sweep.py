@@ -1,6 +1,7 @@
 """Sweeps of a tiny model from spec to pulled folder, with everything but Ray."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -13,10 +14,10 @@ from penstock.errors import SweepError
 from penstock.evaluation import evaluation_of
 from penstock.home import Home
 from penstock.resolved import ResolvedSweep
-from penstock.results import baseline_table, sae_table
+from penstock.results import baseline_table, end_stopped, sae_table
 from penstock.storage import Storage
 from penstock.sweep import Driver
-from penstock.tracking import find_sweep
+from penstock.tracking import TrackedSAE, Tracker, find_sweep
 from sae_core import SAE
 from whole_sweeps import run_sweep, write_inputs, write_spec
 
@@ -142,9 +143,30 @@ def test_a_driver_that_goes_on_begins_at_what_is_in_storage_and_counts_none_of_i
     storage.commit_folder("saes/begun/checkpoints/step-000000010", {"about.json": b"{}"})
     saes = [SimpleNamespace(sae_id=name) for name in ("begun", "fresh")]
     driver = SimpleNamespace(
-        spec=nested.spec, sweep=nested, storage=storage, left=saes, _tokens_at={}, _tokens_before={}
+        spec=nested.spec, sweep=nested, storage=storage, left=saes, _tokens_at={}, _tokens_before={}, _stopped={}
     )
     Driver._note_reached(driver)
     assert driver._tokens_at == {"begun": 500} and Driver._made(driver, driver._tokens_at) == 0
     assert Driver._made(driver, {"begun": 750, "fresh": 50}) == 300
     assert Driver._made(driver, {"begun": 50, "fresh": 50}) == 50  # its checkpoint could not be read
+
+
+def test_an_sae_that_diverged_stays_so_when_its_sweep_is_stopped(nested, tmp_path):
+    sweep = replace(nested, home=Home(tmp_path / "home"), storage=Storage(tmp_path / "storage"))
+    diverged, begun = sweep.saes
+    stopped = {"status": "diverged", "reason": "the loss left every bound", "step": 7, "history": []}
+    sweep.storage.write_json(f"saes/{diverged.sae_id}/stopped.json", stopped)
+    driver = SimpleNamespace(
+        spec=sweep.spec, sweep=sweep, storage=sweep.storage, left=[begun], _tokens_at={}, _tokens_before={}, _stopped={}
+    )
+    Driver._note_reached(driver)
+    assert driver._stopped == {diverged.sae_id: "diverged"}
+    assert Driver._what_is_left(driver) == "of 2 SAEs 0 done, 1 diverged, 1 not begun"
+
+    tracker = Tracker(sweep.home, "nested", sweep.sweep_id)
+    tracker.open(sweep.yaml, {}, [TrackedSAE(one.sae_id, one.hook_point, one.params) for one in sweep.saes])
+    end_stopped(sweep, tracker)
+    tracker.interrupt("penstock stop", "stopped")
+    runs = {run.data.tags["sae_id"]: run for run in find_sweep(sweep.home, "nested").children()}
+    found = {sae_id: (run.info.status, run.data.tags["status"]) for sae_id, run in runs.items()}
+    assert found == {diverged.sae_id: ("FAILED", "diverged"), begun.sae_id: ("KILLED", "stopped")}
