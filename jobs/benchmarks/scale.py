@@ -88,6 +88,7 @@ STORE_BYTES = 1_000_000_000
 
 # ---- the simulated cluster ------------------------------------------------------------------------------------------
 
+MANY = 250  # nodes: fewer blocks of a run are simulated from here on
 SIMULATED = (1, 8, 16, 32, 64, 125, 250, 500, 1000)
 SIMULATED_HARVEST_BOUND = (1, 2, 4, 8, 10, 12, 14, 16)
 NIC_BYTES = 25e9 / 8  # of a node with one or two GPUs; what Ray's own broadcast test comes to
@@ -111,11 +112,12 @@ class Size:
     simulated: tuple[int, ...]
     simulated_harvest_bound: tuple[int, ...]
     simulated_blocks: tuple[int, int]
+    simulated_blocks_of_many: tuple[int, int]
     flood_blocks: int
 
 
-FULL = Size((1, 2, 4, 8), 1.0, 2, 6, SIMULATED, SIMULATED_HARVEST_BOUND, (8, 8), 400)
-QUICK = Size((1, 2), 20.0, 1, 2, (1, 20), (1, 2), (3, 3), 20)
+FULL = Size((1, 2, 4, 8), 1.0, 2, 6, SIMULATED, SIMULATED_HARVEST_BOUND, (8, 8), (4, 4), 400)
+QUICK = Size((1, 2), 20.0, 1, 2, (1, 20), (1, 2), (3, 3), (3, 3), 20)
 
 
 def regimes(size: Size) -> list[Any]:
@@ -269,7 +271,7 @@ def simulate_all(size: Size, seconds_a_call: float) -> list[dict[str, Any]]:
                 window=window_of(STORE_OF_NODE, REAL_BLOCK_BYTES, n), nic_bytes=kind.nic_bytes,
                 call_seconds=seconds_a_call, packs_per_node=kind.packs_per_node,
             )  # fmt: skip
-            warm_up, measured = size.simulated_blocks
+            warm_up, measured = size.simulated_blocks if n < MANY else size.simulated_blocks_of_many
             if kind.saes == 1:
                 warm_up, measured = warm_up * n, measured * n
             begun = time.perf_counter()
