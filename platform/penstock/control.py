@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from penstock.errors import SweepError
-from penstock.fence import BEAT_SECONDS
+from penstock.fence import BEAT_SECONDS, SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.logs import about_sae, as_text, find_sae, read_log
 from penstock.status import ENDS, Far, Near, Standing, look, status_of, watched
@@ -18,14 +18,14 @@ from penstock.stopping import LEAVE_SECONDS, SAVE_SECONDS, ask_to_stop
 from penstock.storage import Storage
 from penstock.sweep_files import control_file, spec_file
 
-SILENT_WAIT_SECONDS = 60.0  # of a driver that was asked to stop
+SILENT_WAIT_SECONDS = 2 * SILENT_SECONDS  # of a driver that was asked to stop: it reports while its packs save
 
 # ---- stop -----------------------------------------------------------------------------------------------------------
 
 
 def stop(home: Home, sweep: str, address: str | None = None, *, now: bool = False, wait: bool = True) -> int:
     """Ask the driver of a sweep to stop, and say what was saved. Returns 0 once it has ended, or has been asked without
-    `wait`; 1 when it did not end in time.
+    `wait`; 1 when it did not end in time, or is heard of no more.
 
     now: it saves nothing. Raises `SweepError` for a sweep that nobody knows, or whose driver is not there.
     """
@@ -102,7 +102,10 @@ def _wait(where: Near | Far, sweep: str) -> int:
             else:
                 print(f"it has ended: {outcome.get('status', 'ended')}")
             return 0
-        if time.monotonic() - began > SAVE_SECONDS + LEAVE_SECONDS or standing.age > SILENT_WAIT_SECONDS:
+        if standing.age > SILENT_WAIT_SECONDS:
+            print(f"{standing.about_silence}; if it is dead: penstock resume {sweep}", file=sys.stderr)
+            return 1
+        if time.monotonic() - began > SAVE_SECONDS + LEAVE_SECONDS:
             print(f"it has not ended yet; watch it: penstock status {sweep} --watch", file=sys.stderr)
             return 1
         time.sleep(BEAT_SECONDS / 2)

@@ -159,6 +159,16 @@ def test_stopping_without_waiting_leaves_word_and_returns(home, storage, capsys)
     assert storage.read_json(stop_file(ID))["now"] is True and "ends without saving" in capsys.readouterr().out
 
 
+def test_a_driver_that_has_just_died_is_not_waited_for(home, storage, capsys, monkeypatch):
+    monkeypatch.setattr("penstock.control.SILENT_WAIT_SECONDS", 4.0)
+    storage.write_json(status_file(ID), {"time": time.time() - 3.0, **standing()})
+    began = time.monotonic()
+    assert main(["stop", "demo", "--home", str(home.path)]) == 1
+    assert time.monotonic() - began < 5
+    silence = r"its driver \(process 4711 on the-driver\) has not been heard of for \d s; if it is dead: "
+    assert re.search(silence + "penstock resume demo", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("report", "said"),
     [
