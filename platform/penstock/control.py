@@ -1,11 +1,12 @@
 """`penstock stop`, `resume`, `scale` and `logs`: for a sweep of this home by its storage, all but `scale` for any other
 by the address of its cluster's dashboard."""
 
+import contextlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,10 +14,11 @@ from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS, SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.logs import about_sae, as_text, find_sae, read_log
-from penstock.status import ENDS, Far, Near, Standing, look, status_of, watched
+from penstock.redaction import without_user
+from penstock.status import ENDS, Far, Near, Standing, look, note_submitted, status_of, watched
 from penstock.stopping import LEAVE_SECONDS, SAVE_SECONDS, ask_to_stop
 from penstock.storage import Storage
-from penstock.sweep_files import control_file, spec_file
+from penstock.sweep_files import control_file, spec_file, submitted_file
 
 SILENT_WAIT_SECONDS = 2 * SILENT_SECONDS  # of a driver that was asked to stop: it reports while its packs save
 
@@ -38,6 +40,9 @@ def stop(home: Home, sweep: str, address: str | None = None, *, now: bool = Fals
             return 0
     where = watched(home, sweep, address)
     standing = where.look()
+    if standing.submitted is not None:
+        raise SweepError(f"sweep {sweep!r} cannot be asked to stop: {standing.about_job}; accepted: penstock stop "
+                         f"{sweep} --address {standing.submitted['address']}")  # fmt: skip
     if standing.has_ended:
         print(f"sweep {sweep} ({standing.sweep_id}) has ended already: {standing.outcome.get('status', 'ended')}")
         return 0
@@ -145,9 +150,27 @@ def resume(
     if isinstance(where, Far):
         assert standing.report is not None
         home = Home(Path(standing.report["home"]))
-    return submit_again(
-        home, Dashboard(str(address)), standing.sweep_id, name, follow, allow_code_change=allow_code_change
-    )
+    dashboard = Dashboard(str(address))
+    with _noted(where, standing, str(address)):
+        return submit_again(home, dashboard, standing.sweep_id, name, follow, allow_code_change=allow_code_change)
+
+
+@contextlib.contextmanager
+def _noted(where: Near | Far, standing: Standing, address: str) -> Iterator[None]:
+    """Have `status` and `stop` without an address know of a job that has not reported yet; not of one that the cluster
+    does not take."""
+    storage = where.storage if isinstance(where, Near) else None
+    if storage is None:
+        yield
+        return
+    with contextlib.suppress(OSError):  # it is the job that has to write there
+        note_submitted(storage, standing, without_user(address))
+    try:
+        yield
+    except SweepError:
+        with contextlib.suppress(OSError):
+            storage.remove(submitted_file(standing.sweep_id))
+        raise
 
 
 def knows(home: Home, sweep: str) -> bool:

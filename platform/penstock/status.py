@@ -20,7 +20,7 @@ from penstock.errors import SweepError
 from penstock.fence import BEAT_SECONDS, SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.storage import Storage
-from penstock.sweep_files import result_file, status_file
+from penstock.sweep_files import result_file, status_file, submitted_file
 from penstock.text import text_table
 
 BAR = 24  # characters
@@ -30,6 +30,7 @@ FAILURES_SHOWN = 5
 RECENT = 20  # sweeps in the table of all
 GIVEN_UP_SECONDS = 120.0  # of silence, after which `--watch` waits for a driver no longer
 ENDS = ("ended", "stopped")  # phases after which nothing comes
+JOB_SECONDS = 600.0  # after which `--watch` waits no longer for the first report of a job that was submitted
 LOST_STATUS = 1
 _SAID = {"waiting": "not begun"}  # of SAEs, where it is not packs that wait for blocks
 
@@ -37,13 +38,15 @@ _SAID = {"waiting": "not begun"}  # of SAEs, where it is not packs that wait for
 @dataclass(frozen=True)
 class Standing:
     """A sweep as somebody finds it at `seen` (Unix time). `report` is the driver's latest, None where there is none;
-    `published` says whether the results of a sweep that reports nothing more are there."""
+    `published` says whether the results of a sweep that reports nothing more are there; `submitted` is of a job that is
+    to go on with it and has not reported yet, with its `time` and the cluster's `address`."""
 
     sweep: str  # as the user calls it
     sweep_id: str
     seen: float
     report: dict[str, Any] | None
     published: bool = False
+    submitted: dict[str, Any] | None = None
 
     @property
     def age(self) -> float:
@@ -77,6 +80,12 @@ class Standing:
     def about_silence(self) -> str:
         return f"its driver ({self.driver}) has not been heard of for {_duration(self.age)}"
 
+    @property
+    def about_job(self) -> str:
+        assert self.submitted is not None
+        since = _duration(max(0.0, self.seen - self.submitted["time"]))
+        return f"a job that goes on with it was submitted {since} ago and has not reported yet"
+
 
 def look(home: Home, sweep: str) -> Standing:
     """How a sweep, named by its name or id, stands now.
@@ -92,9 +101,25 @@ def _look(storage: Storage, sweep_id: str, sweep: str) -> Standing:
         report = storage.read_json(file) if storage.exists(file) else None
         over = report is None or report["phase"] in ENDS
         published = over and storage.exists(result_file(sweep_id))
+        submitted = _submitted(storage, sweep_id, report)
     except OSError as error:
         raise SweepError(f"storage {storage.uri!r} of sweep {sweep!r} cannot be read: {error}") from None
-    return Standing(sweep, sweep_id, time.time(), report, published)
+    return Standing(sweep, sweep_id, time.time(), report, published, submitted)
+
+
+def _submitted(storage: Storage, sweep_id: str, report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The job that was submitted after this report; None where there was none, or the report is its own."""
+    file = submitted_file(sweep_id)
+    if report is None or (report["phase"] not in ENDS and time.time() - report["time"] <= SILENT_SECONDS):
+        return None
+    job: dict[str, Any] | None = storage.read_json(file) if storage.exists(file) else None
+    return job if job and job["after"] == report["time"] else None
+
+
+def note_submitted(storage: Storage, standing: Standing, address: str) -> None:
+    """Leave word that a job was submitted which goes on with a sweep that stands so. Raises `OSError`."""
+    after = standing.report["time"] if standing.report else None
+    storage.write_json(submitted_file(standing.sweep_id), {"time": time.time(), "address": address, "after": after})
 
 
 # ---- showing --------------------------------------------------------------------------------------------------------
@@ -192,6 +217,8 @@ def show(
 
 def status_of(standing: Standing) -> int | None:
     """The exit status of a sweep that has ended, or whose driver is given up; None while it is waited for."""
+    if standing.submitted is not None:
+        return None if standing.seen - standing.submitted["time"] < JOB_SECONDS else LOST_STATUS
     if standing.has_ended:
         return int(standing.outcome.get("exit_status", LOST_STATUS))
     return LOST_STATUS if standing.is_silent and standing.age > GIVEN_UP_SECONDS else None
@@ -254,6 +281,8 @@ def describe_all(standings: Sequence[Standing]) -> str:
 def _state(standing: Standing) -> str:
     report = standing.report
     assert report is not None
+    if standing.submitted is not None:
+        return "submitted"
     if standing.is_silent:
         return "lost"
     if standing.has_ended:
@@ -305,12 +334,18 @@ def _title(standing: Standing) -> str:
             lines.append(f"about {_duration(report['eta_seconds'])} left, evaluation included")
     if standing.is_silent:
         lines.append(f"{standing.about_silence}; what follows is its last report")
-        lines.append(f"if it is dead: penstock resume {standing.sweep}")
+        if standing.submitted is None:
+            lines.append(f"if it is dead: penstock resume {standing.sweep}")
+    if standing.submitted is not None:
+        lines += [standing.about_job, f"ask its cluster: penstock status {standing.sweep} --watch --address "
+                                      f"{standing.submitted['address']}"]  # fmt: skip
     return "\n".join(lines)
 
 
 def _outcome(standing: Standing) -> list[str]:
     outcome = standing.outcome
+    if standing.submitted is not None:
+        return [f"{outcome.get('status', 'ended')}: {outcome.get('reason', '')}".removesuffix(": ")]
     if outcome.get("status") == "stopped":
         return [
             f"stopped: {outcome.get('reason', '')}".removesuffix(": "),

@@ -11,6 +11,11 @@ def status_file(sweep_id: str) -> str:
     return f"sweeps/{sweep_id}/status.json"
 
 
+def submitted_file(sweep_id: str) -> str:
+    """That a job was submitted to go on with the sweep, and after which report."""
+    return f"sweeps/{sweep_id}/submitted.json"
+
+
 def control_file(sweep_id: str) -> str:
     """What the running sweep's driver is asked to do."""
     return f"sweeps/{sweep_id}/control.json"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,6 +21,7 @@ from penstock.errors import SpecError
 from penstock.fence import Pulse
 from penstock.home import Home, remember
 from penstock.logs import SweepLog
+from penstock.status import look, note_submitted, status_of
 from penstock.stopping import StopOrder, SweepStopped, ask_to_stop
 from penstock.storage import Storage
 from penstock.sweep_files import logs_folder, spec_file, status_file, stop_file
@@ -215,6 +217,25 @@ def test_what_runs_or_has_finished_is_not_gone_on_with(report, published, status
     assert main(["resume", "demo", "--home", str(home.path)]) == status
     captured = capsys.readouterr()
     assert re.search(said, captured.out + captured.err), captured
+
+
+def test_a_job_that_was_submitted_since_is_known_until_it_reports(home, storage, capsys):
+    outcome = {"status": "stopped", "exit_status": 3, "reason": "x", "left": "of 7 SAEs 2 done"}
+    stopped = {"time": time.time() - 5.0, **standing(phase="stopped", outcome=outcome)}
+    storage.write_json(status_file(ID), stopped)
+    note_submitted(storage, look(home, "demo"), "http://head:8265")
+    assert main(["stop", "demo", "--home", str(home.path)]) == 2
+    said = "a job that goes on with it was submitted 0 s ago and has not reported yet"
+    assert f"{said}; accepted: penstock stop demo --address http://head:8265" in capsys.readouterr().err
+    assert main(["status", "demo", "--home", str(home.path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{said}\nask its cluster: penstock status demo --watch --address http://head:8265\n" in out
+    assert "go on with" not in out
+    found = look(home, "demo")
+    assert status_of(found) is None  # --watch waits for it
+    assert status_of(replace(found, seen=found.seen + 601)) == 1
+    storage.write_json(status_file(ID), {**stopped, "time": time.time()})  # the job's own
+    assert look(home, "demo").submitted is None and status_of(look(home, "demo")) == 3
 
 
 # ---- penstock logs --------------------------------------------------------------------------------------------------
