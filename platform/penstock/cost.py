@@ -8,13 +8,15 @@ empty is not known here.
 """
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from penstock.accounts import BUSY, IDLE, STARTING
+from penstock.accounts import BUSY, IDLE, STARTING, WRITE_SECONDS
 from penstock.errors import SweepError
+from penstock.fence import SILENT_SECONDS
 from penstock.home import Home, recall
 from penstock.storage import Storage
 from penstock.sweep_files import accounts_folder
@@ -80,6 +82,7 @@ class Cost:
     phases: dict[str, tuple[float, Amount, Amount]] = field(default_factory=dict)
     saes: list[SAECost] = field(default_factory=list)
     wasted: dict[str, Amount] = field(default_factory=dict)
+    lost: bool = False  # the driver of the last attempt has not said that it ended, and writes no more
 
     @property
     def total(self) -> Amount:
@@ -108,7 +111,8 @@ class Cost:
 
     def as_text(self) -> str:
         attempts = f"{self.attempts} attempt{'s' * (self.attempts != 1)}"
-        title = f"sweep {self.sweep} ({self.sweep_id}): {attempts}{', the last one still runs' * self.running}"
+        last = ", the last one still runs" * self.running or ", the driver of the last is heard of no more" * self.lost
+        title = f"sweep {self.sweep} ({self.sweep_id}): {attempts}{last}"
         phases = [
             [name, f"{seconds:,.0f}", *self._row(hosts), *self._row(packs), *self._money(hosts + packs)]
             for name, (seconds, hosts, packs) in self.phases.items()
@@ -168,12 +172,14 @@ def read_cost(storage: Storage, sweep_id: str, sweep: str, prices: Prices = Pric
     records.sort(key=lambda record: record["started"])
     if prices.gpu_hour is None:
         prices = replace(prices, gpu_hour=records[-1]["gpu_hour_cost"])
-    return settle(sweep, sweep_id, records, prices)
+    return settle(sweep, sweep_id, records, prices, time.time())
 
 
-def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], prices: Prices) -> Cost:
-    """The books of a sweep's attempts, in their order (`accounts.Accounts.write`), closed."""
-    settled = Cost(sweep, sweep_id, len(records), running=not records[-1]["over"], prices=prices)
+def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], prices: Prices, now: float) -> Cost:
+    """The books of a sweep's attempts, in their order (`accounts.Accounts.write`), closed at `now` (Unix time)."""
+    is_silent = now - records[-1]["time"] > WRITE_SECONDS + SILENT_SECONDS
+    running, lost = not records[-1]["over"] and not is_silent, not records[-1]["over"] and is_silent
+    settled = Cost(sweep, sweep_id, len(records), running=running, prices=prices, lost=lost)
     shares: dict[str, Amount] = defaultdict(Amount)
     tokens: dict[str, int] = defaultdict(int)
     wasted: dict[str, Amount] = defaultdict(Amount)
@@ -211,7 +217,7 @@ def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], pric
                 made = record["blocks"].get("blocks_made", 0.0)
                 remade = min(1.0, record["blocks"].get("blocks_remade", 0.0) / made) if made else 0.0
                 wasted["blocks made again"] += per_host * (phase["hosts"][BUSY] * remade)
-    wasted["training lost to failures, and made again"] = _lost(records, stopped)
+    wasted["training lost to failures, and made again"] = _lost(records, stopped, running)
     for sae_id in saes.keys() | shares.keys():
         status = stopped.get(sae_id, "")
         settled.saes.append(SAECost(sae_id, saes.get(sae_id, "-"), status, tokens[sae_id], shares[sae_id]))
@@ -222,7 +228,7 @@ def settle(sweep: str, sweep_id: str, records: Sequence[Mapping[str, Any]], pric
     return settled
 
 
-def _lost(records: Sequence[Mapping[str, Any]], stopped: Mapping[str, str]) -> Amount:
+def _lost(records: Sequence[Mapping[str, Any]], stopped: Mapping[str, str], running: bool) -> Amount:
     """What workers have trained beyond their SAEs' last checkpoints, and then ended without saving it."""
     at_work: dict[str, tuple[Amount, Mapping[str, Any], float]] = {}
     lost = Amount()
@@ -240,7 +246,7 @@ def _lost(records: Sequence[Mapping[str, Any]], stopped: Mapping[str, str]) -> A
                 if sae_id in at_work:
                     lost += settle_worker(sae_id)
                 at_work[sae_id] = (Amount(**record["per_pack"]), worker, stepping)
-        if record["over"] or record is not records[-1]:
+        if not running or record is not records[-1]:
             lost += _sum([settle_worker(sae_id) for sae_id in list(at_work)])
     return lost
 

@@ -34,7 +34,7 @@ def record(workers=(), phases=None, *, over=True, started=0.0, stopped=None, blo
 
 
 def settled(*records, **prices):
-    return settle("small", "id", list(records), Prices(**prices))
+    return settle("small", "id", list(records), Prices(**prices), now=records[-1]["time"] + 1)
 
 
 def shares(found):
@@ -73,6 +73,18 @@ def test_what_was_not_saved_is_lost_when_another_worker_or_attempt_makes_it_agai
     # Of a driver that was killed nobody has written that it is over, but another attempt has followed.
     two = settled(record([at_work], over=False), record([worker("w4", 200, 20, {"b": [20, 20, 9]})], started=190))
     assert two.wasted[lost] == Amount(5, 10) and two.attempts == 2 and not two.running
+
+
+def test_a_driver_that_writes_its_books_no_more_does_not_run():
+    killed = record([worker("w1", 5, 40, {"a": [30, 15, 600], "b": [10, 10, 600]})], over=False)
+
+    def after(seconds):
+        return settle("small", "id", [killed], Prices(), now=killed["time"] + seconds)
+
+    assert after(WRITE_SECONDS).running and "1 attempt, the last one still runs\n" in after(WRITE_SECONDS).as_text()
+    dead = after(60.0)
+    assert not dead.running and "the driver of the last is heard of no more\n" in dead.as_text()
+    assert dead.wasted["training lost to failures, and made again"] == Amount(40 * 15 / 40 * 0.5, 40 * 15 / 40)
 
 
 def test_what_a_dead_driver_left_open_is_lost_even_where_its_saes_are_never_trained_again():
