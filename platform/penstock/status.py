@@ -379,7 +379,8 @@ def _progress(standing: Standing) -> str:
     share = report.get("share") or {}
     if share.get("slots"):
         others = len(share["sweeps"])
-        lines.append(f"share  {share['slots']} pack(s) at once, beside {others} other sweep(s) on the cluster")
+        lines.append(f"share  {_count(share['slots'], 'pack')} at once, beside {_count(others, 'other sweep')} on the "
+                     "cluster")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -492,6 +493,10 @@ def _cut(text: str, width: int) -> str:
         return text
     tail = (width - 2) // 2
     return f"{text[: width - 2 - tail]}..{text[-tail:]}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _duration(seconds: float) -> str:

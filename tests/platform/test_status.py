@@ -118,7 +118,7 @@ def test_the_report_of_a_running_sweep_is_told_in_full(home, capsys):
     assert "blocks.2.hook_mlp_out     nothing left to train\n" in out
     assert "SAEs   2 training, 3 not begun, 2 done before, 1 diverged\n" in out
     assert "tokens 1,000,000 an SAE; 5,000 SAE-tokens/s lately (3,750 on average), 900 harvested\n" in out
-    assert "\nshare  2 pack(s) at once, beside 3 other sweep(s) on the cluster\n" in out
+    assert "\nshare  2 packs at once, beside 3 other sweeps on the cluster\n" in out
     assert "\nabout 2 h 5 min left, evaluation included\n" in out
     assert "hosts  host-a  working on block 1\n       host-b  idle\n" in out
     assert "       host-c  broken: the model cannot be read\n       host-d  starting\n" in out
@@ -425,6 +425,13 @@ def test_packs_and_saes_of_a_sweep_that_has_stopped_are_neither_done_nor_at_work
     assert "SAEs   2 begun, 3 not begun, 2 done before, 1 diverged\n" in describe(over)
     finished = Standing("demo", ID, 100.0, {**running, "halted": [], "phase": "ended"}, published=True)
     assert statuses(finished)[0] == "done"
+
+
+def test_a_cluster_that_is_shared_with_one_sweep_has_one_other():
+    report = {"time": 99.0, **standing(share={"slots": 1, "sweeps": ["a"]})}
+    assert "\nshare  1 pack at once, beside 1 other sweep on the cluster\n" in describe(
+        Standing("demo", ID, 100.0, report)
+    )
 
 
 def test_saes_that_diverged_in_an_earlier_attempt_are_not_done():
