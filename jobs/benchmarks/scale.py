@@ -88,7 +88,6 @@ STORE_BYTES = 1_000_000_000
 
 # ---- the simulated cluster ------------------------------------------------------------------------------------------
 
-MANY = 250  # nodes: fewer blocks of a run are simulated from here on
 SIMULATED = (1, 8, 16, 32, 64, 125, 250, 500, 1000)
 SIMULATED_HARVEST_BOUND = (1, 2, 4, 8, 10, 12, 14, 16)
 NIC_BYTES = 25e9 / 8  # of a node with one or two GPUs; what Ray's own broadcast test comes to
@@ -112,12 +111,11 @@ class Size:
     simulated: tuple[int, ...]
     simulated_harvest_bound: tuple[int, ...]
     simulated_blocks: tuple[int, int]
-    simulated_blocks_of_many: tuple[int, int]
     flood_blocks: int
 
 
-FULL = Size((1, 2, 4, 8), 1.0, 2, 6, SIMULATED, SIMULATED_HARVEST_BOUND, (8, 8), (4, 4), 400)
-QUICK = Size((1, 2), 20.0, 1, 2, (1, 20), (1, 2), (3, 3), (3, 3), 20)
+FULL = Size((1, 2, 4, 8), 1.0, 2, 6, SIMULATED, SIMULATED_HARVEST_BOUND, (14, 8), 400)
+QUICK = Size((1, 2), 20.0, 1, 2, (1, 20), (1, 2), (3, 3), 20)
 
 
 def regimes(size: Size) -> list[Any]:
@@ -271,9 +269,7 @@ def simulate_all(size: Size, seconds_a_call: float) -> list[dict[str, Any]]:
                 window=window_of(STORE_OF_NODE, REAL_BLOCK_BYTES, n), nic_bytes=kind.nic_bytes,
                 call_seconds=seconds_a_call, packs_per_node=kind.packs_per_node,
             )  # fmt: skip
-            warm_up, measured = size.simulated_blocks if n < MANY else size.simulated_blocks_of_many
-            if kind.saes == 1:
-                warm_up, measured = warm_up * n, measured * n
+            warm_up, measured = (4 * n, 8 * n) if kind.saes == 1 else size.simulated_blocks
             begun = time.perf_counter()
             chain = bottlenecks(setting, warm_up, measured, GOAL * kind.most(n))
             first = chain[0][1]
@@ -329,16 +325,15 @@ def measure_mlflow(rows: int) -> float:
 
 
 def beside_rows(simulated: Sequence[Mapping[str, Any]], seconds_a_row: float) -> list[dict[str, Any]]:
-    """What else is used at each number of nodes of the training-bound sweeps, as a share of what there is: above 1 it
-    is the bottleneck. MLflow's rows, and mean storage bandwidth of the checkpoints."""
-    rows = []
+    """What else is used at each number of nodes of the training-bound sweeps where the stream holds nobody up, as a
+    share of what there is: MLflow's rows, and the checkpoints' mean bandwidth. Above 1 it is the bottleneck."""
+    rows, run_seconds = [], RUN_TOKENS / BLOCK_TOKENS * SAES_TRAINING_BOUND * STEP_SECONDS
     for row in simulated:
         if row["kind"].startswith("harvest"):
             continue
         saes = row["packs"] * SAES_TRAINING_BOUND
-        run_seconds = RUN_TOKENS / row["tokens_per_second"]
         rows.append({
-            "kind": row["kind"], "nodes": row["nodes"], "saes": saes, "run_seconds": run_seconds,
+            "kind": row["kind"], "nodes": row["nodes"], "saes": saes,
             "mlflow": saes * ROWS_A_RUN * seconds_a_row / run_seconds,
             "checkpoints": saes * CHECKPOINTS * CHECKPOINT_BYTES / STORAGE_BYTES / run_seconds,
             "reply_bytes": row["reply_bytes"],

@@ -287,7 +287,7 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
     while unfinished:  # of those that wait with a timeout, one whose turn has just come takes no notice
         for task in unfinished:
             task.cancel()
-        _, unfinished = await asyncio.wait(unfinished, timeout=0.0)
+        _, unfinished = await asyncio.wait(unfinished, timeout=1.0)
     return Outcome(
         rate=measured / (ends[-1] - ends[warm_up - 1]),
         actor_busy=(loop.charged + (0.0 if CODE in setting.freed else code)) / passed,
