@@ -199,16 +199,20 @@ class Driver(Session):
             self._outcome = {"status": "stopped", "exit_status": STOPPED_STATUS, "reason": str(order), "left": left}
             self._interrupt_tracking(str(order), "stopped")
             self.say(f"stopped: {left}")
-            self.say(f"go on with: penstock resume {self.spec.name} --home {self.home.path}")
+            self._say_how_it_goes_on()
             raise
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             self._outcome = {"status": "failed", "exit_status": 2, "reason": redacted(reason)}
             if isinstance(error, KeyboardInterrupt):
                 self._outcome = {"status": "interrupted", "exit_status": 130, "reason": "it was interrupted"}
+                self._say_how_it_goes_on()  # before MLflow is told, during which there may be a second Ctrl-C
             self._chronicle.log.add(f"the sweep has failed: {reason}", detail=traceback.format_exc())
             self._interrupt_tracking(reason, "interrupted")
             raise
+
+    def _say_how_it_goes_on(self) -> None:
+        self.say(f"go on with: penstock resume {self.spec.name} --home {self.home.path}")
 
     def _interrupt_tracking(self, reason: str, status: str) -> None:
         """Tell MLflow that the sweep has not ended. That it cannot be told must not hide the reason."""

@@ -170,3 +170,24 @@ def test_an_sae_that_diverged_stays_so_when_its_sweep_is_stopped(nested, tmp_pat
     runs = {run.data.tags["sae_id"]: run for run in find_sweep(sweep.home, "nested").children()}
     found = {sae_id: (run.info.status, run.data.tags["status"]) for sae_id, run in runs.items()}
     assert found == {diverged.sae_id: ("FAILED", "diverged"), begun.sae_id: ("KILLED", "stopped")}
+
+
+def test_ctrl_c_says_how_the_sweep_goes_on(nested, capsys):
+    class Interrupted(Driver):
+        def _prepare(self, address):
+            self.sweep = nested
+
+        def _is_complete(self):
+            return False
+
+        def _begin(self):
+            pass
+
+        def _train(self):
+            raise KeyboardInterrupt
+
+    driver = Interrupted(nested.spec, nested.home, False)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(None)
+    driver.close()
+    assert f"go on with: penstock resume nested --home {nested.home.path}\n" in capsys.readouterr().out
