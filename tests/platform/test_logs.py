@@ -2,11 +2,13 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from penstock.chronicle import Chronicle
 from penstock.errors import SweepError
+from penstock.eta import START_SECONDS
 from penstock.logs import CHUNK_BYTES, SweepLog, about_sae, as_text, find_sae, parse_lines, read_log
 from penstock.storage import Storage
 from penstock.sweep_files import logs_folder
@@ -168,6 +170,20 @@ def test_an_sae_is_named_by_the_beginning_of_its_id(lines):
         find_sae(found, "a")
     with pytest.raises(SweepError, match="names no SAE whose id begins so; there is: aa11, ab22, cc33"):
         find_sae(found, "x")
+
+
+def test_the_estimate_counts_what_packs_that_wait_have_made_before(tmp_path):
+    saes = [SimpleNamespace(sae_id=name) for name in ("a", "b", "c")]
+    packs = [SimpleNamespace(pack_id=name, saes=of, hook_point="h") for name, of in (("p", saes[:2]), ("q", saes[2:]))]
+    chronicle = Chronicle()
+    chronicle.open(Storage(tmp_path), "id", "attempt", packs, {"a": 60, "b": 50, "c": 90})
+    stream = {"packs": {"p": {"status": "live", "step": 50, "trained_tokens": 0}, "q": {"status": "expected"}}}
+    for second in (0, 10):
+        stream["packs"]["p"]["step"] = 50 + second
+        chronicle.note(float(second), stream, {})
+    about = {"steps": 100, "batch_tokens": 10, "slots": 1, "ended": {}, "evaluation_tokens": 0.0}
+    found = chronicle.report("train", 10.0, stream, {}, **about)["eta_seconds"]
+    assert found == pytest.approx(40 + START_SECONDS + 10 / 2)  # one step of 2 SAEs a second, and 10 of one SAE left
 
 
 def test_a_failure_that_a_worker_lived_through_is_not_what_it_died_of():
