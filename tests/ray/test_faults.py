@@ -101,6 +101,7 @@ def test_a_pack_without_memory_is_split_and_its_other_half_ends_as_if_alone(subm
     assert stopped["status"] == "failed" and "can't allocate memory" in stopped["reason"]
 
 
+@pytest.mark.slow
 def test_a_sweep_on_activations_that_another_one_has_left_gives_the_same_weights(
     submitted, head, write_spec, tmp_path
 ):
@@ -129,6 +130,7 @@ def by_settings(home):
     return found
 
 
+@pytest.mark.slow
 def test_a_driver_on_another_cluster_is_told_that_the_sweep_is_running(head, running, write_spec, tmp_path):
     """Two clusters know nothing of each other's actors: the storage they share tells."""
     home = tmp_path / "home"

@@ -187,7 +187,7 @@ def test_a_sweep_that_does_not_fit_says_so_at_once(head, write_spec, tmp_path):
     spec = write_spec(replace=[("cpus_per_pack: 0.75", "cpus_per_pack: 64")])
     done = penstock("run", spec, "--address", head.address, home=tmp_path / "home")
     assert done.returncode == 2
-    assert "64 CPU" in done.stderr and "Traceback" not in done.stderr
+    assert "resources.cpus_per_pack: 64 for a pack" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_cluster_at_the_address_is_one_clear_error(write_spec, tmp_path):
