@@ -287,7 +287,9 @@ async def _run(loop: _Loop, setting: Setting, warm_up: int, measured: int) -> Ou
     while unfinished:  # of those that wait with a timeout, one whose turn has just come takes no notice
         for task in unfinished:
             task.cancel()
-        _, unfinished = await asyncio.wait(unfinished, timeout=1.0)
+        ended, unfinished = await asyncio.wait(unfinished, timeout=1.0)
+        for task in ended:  # looked at, so that asyncio does not complain of how one came to its end
+            task.cancelled() or task.exception()
     return Outcome(
         rate=measured / (ends[-1] - ends[warm_up - 1]),
         actor_busy=(loop.charged + (0.0 if CODE in setting.freed else code)) / passed,
