@@ -33,7 +33,7 @@ def site(request, data) -> Site:
     return Site.make(*request.param, data)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a model keeps tensors of its last pass, and what a test file has done to it
 def tiny_model(tmp_path_factory):
     """A random GPT-2 of 3 layers, loaded from a Hugging Face folder as users load theirs."""
     with warnings.catch_warnings():
