@@ -213,6 +213,28 @@ def free_nodes() -> list[Node]:
     return [Node(available.get(node["NodeID"], {}), node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
+def free_what_dead_jobs_hold() -> int:
+    """Remove the placement groups of jobs that are dead; how many there were.
+
+    Ray removes a job's groups when its driver dies, but a controller of Ray Train that is just then starting a worker
+    again makes another one a moment later, which nothing would ever free.
+    """
+    import ray
+    from ray._private.state import jobs
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import list_placement_groups
+
+    dead = {job["JobID"] for job in jobs() if job["IsDead"]}
+    left = [
+        group.placement_group_id
+        for group in list_placement_groups(detail=True, limit=10_000, raise_on_missing_output=False)
+        if group.state != "REMOVED" and not group.is_detached and group.creator_job_id in dead
+    ]
+    for group_id in left:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+    return len(left)
+
+
 def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Results in order, made by Ray tasks; so many in flight as the cluster has CPUs. Where other work has taken all of
     these there are two, which wait for none: what they read is what a sweep begins with, and before it has begun nobody

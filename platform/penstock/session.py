@@ -17,6 +17,7 @@ from penstock.redaction import redacted
 from penstock.resolved import ResolvedSweep
 from penstock.spec import SweepSpec
 from penstock.storage import Storage
+from penstock.text import last_line
 from penstock.tokens import TokenStore, build_token_store
 
 WINDOW_SHARE = 0.3  # of the smallest object store
@@ -72,6 +73,8 @@ class Session:
             self._own_ray = connect(address)
             self._joined = True
             self._connected()
+            if not local:
+                self._free_what_is_left_behind()
             cluster, self._store_bytes = describe_cluster()
             if not local and (len(cluster.nodes) > 1 or cluster.types or may_grow(cluster)):
                 self._refuse_local_paths()
@@ -97,6 +100,17 @@ class Session:
 
     def _connected(self) -> None:
         """As soon as Ray is there."""
+
+    def _free_what_is_left_behind(self) -> None:
+        from penstock.cluster import free_what_dead_jobs_hold
+
+        try:
+            freed = free_what_dead_jobs_hold()
+        except Exception as error:  # it is Ray's to know; without an answer the sweep starts all the same
+            self.say(f"what dead jobs may hold of the cluster cannot be looked at ({last_line(error)})")
+        else:
+            if freed:
+                self.say(f"{freed} placement group(s) of jobs that are dead are freed")
 
     def _make_room(self) -> None:
         """Before the first model host is asked for."""
