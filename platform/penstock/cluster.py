@@ -225,9 +225,10 @@ def free_what_dead_jobs_hold() -> int:
     from ray.util.state import list_placement_groups
 
     dead = {job["JobID"] for job in jobs() if job["IsDead"]}
+    here = ray.get_runtime_context().gcs_address  # the State API would guess between the clusters of a machine
     left = [
         group.placement_group_id
-        for group in list_placement_groups(detail=True, limit=10_000, raise_on_missing_output=False)
+        for group in list_placement_groups(here, detail=True, limit=10_000, raise_on_missing_output=False)
         if group.state != "REMOVED" and not group.is_detached and group.creator_job_id in dead
     ]
     for group_id in left:
